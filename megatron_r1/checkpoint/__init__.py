@@ -1,0 +1,1 @@
+"""Save, load and retain checkpoints through Megatron's dist_checkpointing."""

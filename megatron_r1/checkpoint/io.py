@@ -1,0 +1,189 @@
+"""Save and load a training state through Megatron's dist_checkpointing (torch_dist format).
+
+Holds the model, the optimizer with its schedule, the random-number states, the KL reference with its age, and the
+loop's own state (data cursor, the phase being trained on). Tensors are stored as global arrays, so that another
+layout can load them.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from megatron.core import dist_checkpointing, tensor_parallel
+from megatron.core.dist_checkpointing.dict_utils import dict_list_map_inplace
+from megatron.core.dist_checkpointing.mapping import ShardedObject, ShardedTensor, ShardedTensorFactory
+from megatron.core.dist_checkpointing.utils import add_prefix_for_sharding
+
+from megatron_r1.checkpoint import folders
+from megatron_r1.config.errors import UserError
+from megatron_r1.parallel.world import World
+from megatron_r1.train.reference import Reference
+from megatron_r1.train.trainer import Trainer
+
+_REFERENCE = "reference."
+
+
+def save(
+    root: Path, trainer: Trainer, loop: dict[str, Any], reference: Reference | None, *, keep: int
+) -> Path:
+    """Write the checkpoint of trainer.step under `root`; all or nothing. Collective.
+
+    `loop` must be equal on all ranks and hold plain Python values and tensors.
+    """
+    world = trainer.world
+    box: list[Any] = [None]
+    if world.rank == 0:
+        box[0] = _attempt(lambda: folders.begin(root, trainer.step))
+    dist.broadcast_object_list(box, src=0)
+    target = _raise_or(box[0])
+    state = _sharded_state(trainer, reference, loading=False)
+    state["loop"] = {
+        **loop,
+        "step": trainer.step,
+        "layout": _layout(world),
+        "reference_step": None if reference is None else reference.step,
+    }
+    failure = _attempt(lambda: dist_checkpointing.save(state, str(target)))
+    if world.any(isinstance(failure, UserError)):
+        raise failure if isinstance(failure, UserError) else UserError("another rank could not save a checkpoint")
+    if world.rank == 0:
+        box[0] = _attempt(lambda: folders.commit(target, keep))
+    dist.broadcast_object_list(box, src=0)
+    return _raise_or(box[0])
+
+
+def load(path: Path, trainer: Trainer, reference: Reference | None) -> dict[str, Any]:
+    """Restore everything that `save` wrote and return the loop's state. Collective."""
+    folders.check(path)
+    _materialise_adam_state(trainer.optimizer)
+    state = _sharded_state(trainer, reference, loading=True)
+    if _saved_layout(path) != _layout(trainer.world):
+        state.pop("rng")  # generators belong to ranks; another layout goes on with its own
+    loaded = _load(state, path)
+    _load_models(trainer, loaded)
+    trainer.optimizer.load_state_dict(loaded["optimizer"])
+    trainer.schedule.load_state_dict(loaded["schedule"])
+    trainer.step = loaded["loop"]["step"]
+    if reference is not None:
+        with torch.no_grad():
+            for kept, value in zip(reference.weights, _flat_tensors(loaded["reference"]), strict=True):
+                kept.copy_(value)
+        reference.step = loaded["loop"]["reference_step"]
+    if "rng" in loaded:
+        torch.set_rng_state(loaded["rng"]["default"])
+        tensor_parallel.get_cuda_rng_tracker().set_states(loaded["rng"]["tracker"])
+    return dict(loaded["loop"])
+
+
+def load_weights(path: Path, trainer: Trainer) -> None:
+    """Only the model's weights (a stage that starts from another's result). Collective."""
+    folders.check(path)
+    _load_models(trainer, _load(_model_state(trainer), path))
+    trainer.optimizer.reload_model_params()
+
+
+def _sharded_state(trainer: Trainer, reference: Reference | None, *, loading: bool) -> dict[str, Any]:
+    models = _model_state(trainer)
+    metadata = _metadata(trainer.world)
+    state: dict[str, Any] = {
+        **models,
+        "optimizer": trainer.optimizer.sharded_state_dict(models, is_loading=loading, metadata=metadata),
+        "schedule": trainer.schedule.state_dict(),
+        "rng": ShardedObject(
+            "rng",
+            {"default": torch.get_rng_state(), "tracker": tensor_parallel.get_cuda_rng_tracker().get_states()},
+            (trainer.world.size,),
+            (trainer.world.rank,),
+        ),
+    }
+    if reference is not None:
+        with reference.swapped_in():
+            copy = _model_state(trainer)
+            dict_list_map_inplace(_with_own_data, copy)
+        add_prefix_for_sharding(copy, _REFERENCE)
+        state["reference"] = copy
+    return state
+
+
+def _with_own_data(leaf: Any) -> Any:
+    """A sharded leaf whose tensor no longer aliases the parameter."""
+    if isinstance(leaf, (ShardedTensor, ShardedTensorFactory)) and leaf.data is not None:
+        return dataclasses.replace(leaf, data=leaf.data.detach().clone())
+    return leaf
+
+
+def _metadata(world: World) -> dict[str, Any]:
+    return {
+        "dp_cp_group": world.data_context_group,
+        "singleton_local_shards": False,
+        "distrib_optim_sharding_type": "fully_reshardable",
+        "chained_optim_avoid_prefix": True,
+    }
+
+
+def _model_state(trainer: Trainer) -> dict[str, Any]:
+    metadata = _metadata(trainer.world)
+    return {_chunk_key(i): m.sharded_state_dict(metadata=metadata) for i, m in enumerate(trainer.models)}
+
+
+def _chunk_key(index: int) -> str:
+    return "model" if index == 0 else f"model{index}"
+
+
+def _load_models(trainer: Trainer, loaded: dict[str, Any]) -> None:
+    for i, model in enumerate(trainer.models):
+        model.load_state_dict(loaded[_chunk_key(i)], strict=True)
+
+
+def _flat_tensors(state: dict[str, Any]) -> list[torch.Tensor]:
+    return [value for chunk in state.values() for value in chunk.values() if isinstance(value, torch.Tensor)]
+
+
+def _load(state: dict[str, Any], path: Path) -> dict[str, Any]:
+    try:
+        return dist_checkpointing.load(state, str(path))
+    except Exception as error:
+        raise UserError(
+            f"checkpoint {path} does not fit this model: {type(error).__name__}: {error}. "
+            "Was it written with another architecture?"
+        ) from error
+
+
+def _saved_layout(path: Path) -> list[int]:
+    return list(dist_checkpointing.load_common_state_dict(str(path))["loop"]["layout"])
+
+
+def _layout(world: World) -> list[int]:
+    layout = world.layout
+    sizes = [layout.tensor, layout.pipeline, layout.virtual_pipeline, layout.context, layout.expert, layout.etp]
+    return [*sizes, world.data_size]
+
+
+def _materialise_adam_state(optimizer: Any) -> None:
+    """torch's AdamW has no state before its first step, and Megatron's loading asserts that there is some."""
+    for part in getattr(optimizer, "chained_optimizers", [optimizer]):
+        for group in part.optimizer.param_groups:
+            for parameter in group["params"]:
+                state = part.optimizer.state[parameter]
+                if not state:
+                    state["step"] = torch.tensor(1.0)
+                    state["exp_avg"] = torch.zeros_like(parameter)
+                    state["exp_avg_sq"] = torch.zeros_like(parameter)
+
+
+def _attempt(action: Any) -> Any:
+    """The action's result, or a UserError as a value: every rank has to learn of it before anyone raises."""
+    try:
+        return action()
+    except OSError as error:
+        return UserError(f"cannot write the checkpoint: {error}. Free some space or choose another --run-dir")
+
+
+def _raise_or(value: Any) -> Any:
+    if isinstance(value, UserError):
+        raise value
+    return value

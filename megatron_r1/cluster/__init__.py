@@ -1,0 +1,1 @@
+"""Where ranks run: on this machine (`local.py`) or under Slurm."""

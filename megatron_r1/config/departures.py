@@ -1,0 +1,159 @@
+"""In what a run departs from the DeepSeek-R1 paper; printed at the start of every run.
+
+The paper's values are those of R1-Zero (arXiv 2501.12948, training details of R1-Zero; evaluation
+set-up of the same paper). Three cells are not stated there and are named so below: the clip range
+is that of R1's first RL stage, the token-wise aggregation is DeepSeekMath's (arXiv 2402.03300 eq.
+3), the standard deviation's kind is open and so is never a departure.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from pydantic import BaseModel
+
+from megatron_r1.config.optim import SamplingConfig
+from megatron_r1.config.run import EvalStage, GrpoStage, RunConfig
+
+PAPER_GRPO: dict[str, tuple[Any, str]] = {
+    "optimizer.lr": (3e-6, "R1-Zero's learning rate; the optimum grows as models shrink"),
+    "optimizer.schedule": ("constant", "no schedule is stated"),
+    "sampling.temperature": (1.0, "samples come from the policy itself"),
+    "sampling.top_p": (1.0, "samples come from the policy itself"),
+    "sampling.top_k": (0, "samples come from the policy itself"),
+    "sampling.max_new_tokens": (32768, "R1-Zero's limit up to step 8,200, then 65,536"),
+    "grpo.prompts": (512, "questions of one rollout phase: 8,192 outputs"),
+    "grpo.group_size": (16, "outputs per question"),
+    "grpo.minibatches": (16, "one phase serves 16 optimizer steps"),
+    "grpo.epochs": (1, "one pass over each phase"),
+    "grpo.no_signal": ("keep", "groups of equal reward keep their zero advantages"),
+    "grpo.dynamic_sampling": (False, "no resampling of groups without signal (DAPO's addition)"),
+    "grpo.overlong": (None, "no penalty on length (DAPO's addition)"),
+    "grpo.advantage.scale": (
+        "std",
+        "rewards are divided by the group's standard deviation (eq. 3)",
+    ),
+    "grpo.loss.aggregation": (
+        "sequence-mean",
+        "1/|o_i| within, 1/G across sequences (DeepSeekMath eq. 3)",
+    ),
+    "grpo.loss.ratio": ("token", "the token-wise form of DeepSeekMath eq. 3"),
+    "grpo.loss.clip_low": (10.0, "stated for R1's first RL stage; R1-Zero's is not stated"),
+    "grpo.loss.epsilon_high": (10.0, "the same range on both sides"),
+    "grpo.loss.dual_clip": (None, "no bound on the loss of negative advantages"),
+    "grpo.loss.kl": ("k3", "the estimator of eq. 2"),
+    "grpo.loss.kl_coefficient": (0.001, "beta"),
+    "grpo.loss.reference_every": (400, "the reference becomes the policy every 400 steps"),
+    "prompts.template": ("r1-zero", "the template of table 1"),
+}
+PAPER_EVAL: dict[str, tuple[Any, str]] = {
+    "sampling.temperature": (0.6, "the paper's evaluation set-up"),
+    "sampling.top_p": (0.95, "the paper's evaluation set-up"),
+    "sampling.top_k": (0, "the paper's evaluation set-up"),
+    "sampling.max_new_tokens": (32768, "the paper's evaluation set-up"),
+}
+# The file's name of a key that is read through a property.
+SPELLED = {"epsilon_high": "clip_high"}
+# Once the KL term is off, only that is the departure: its other keys have no effect.
+NEEDS_KL = ("grpo.loss.kl", "grpo.loss.reference_every")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Departure:
+    """One key whose value is not the paper's.
+
+    Example: Departure(key="stage.r1-zero.optimizer.lr", paper="3e-06", here="0.001", why="R1-Zero's
+    ...").
+    """
+
+    key: str
+    paper: str  # values as the recipe spells them; "none" where a key is not set
+    here: str
+    why: str  # what the paper's value is, or where it comes from
+
+    def __str__(self) -> str:
+        return f"{self.key}: {self.here} (paper: {self.paper}; {self.why})"
+
+
+def departures(config: RunConfig) -> list[Departure]:
+    """Every key of the GRPO and evaluation stages that departs from the paper's R1-Zero, in the
+    order of the stages.
+    """
+    found: list[Departure] = []
+    for stage in config.stage:
+        if isinstance(stage, GrpoStage):
+            found += _compare(stage, PAPER_GRPO, skip=_silent(stage))
+            found += _rewards(stage)
+        elif isinstance(stage, EvalStage):
+            found += _compare(stage, PAPER_EVAL, skip=())
+    return found
+
+
+def _silent(stage: GrpoStage) -> tuple[str, ...]:
+    """Keys that have no effect in this stage, so that their value is no departure."""
+    loss = stage.grpo.loss
+    if loss.kl == "none":
+        return ("grpo.loss.kl_coefficient", "grpo.loss.reference_every")
+    return () if loss.kl_coefficient > 0 else NEEDS_KL
+
+
+def _compare(
+    stage: GrpoStage | EvalStage, paper: dict[str, tuple[Any, str]], skip: Iterable[str]
+) -> Iterator[Departure]:
+    for key, (value, why) in paper.items():
+        here = stage
+        *tables, last = key.split(".")
+        for table in tables:
+            here = getattr(here, table)
+        given = getattr(here, last)
+        if key in skip or given == value:
+            continue
+        spelled = ".".join([*tables, SPELLED.get(last, last)])
+        yield Departure(
+            key=f"stage.{stage.name}.{spelled}", paper=_spell(value), here=_spell(given), why=why
+        )
+    sampling: SamplingConfig = stage.sampling
+    if sampling.stop:
+        why = "only the end-of-sequence token ends a completion"
+        yield Departure(
+            key=f"stage.{stage.name}.sampling.stop",
+            paper="none",
+            here=_spell(sampling.stop),
+            why=why,
+        )
+
+
+def _rewards(stage: GrpoStage) -> Iterator[Departure]:
+    """The paper: R = R_accuracy + R_format, of equal weight; only the proportion of the weights
+    matters.
+    """
+    weights: dict[str, float] = {}
+    for reward in stage.reward:
+        weights[reward.kind] = weights.get(reward.kind, 0.0) + reward.weight
+    if (
+        set(weights) != {"accuracy", "format"}
+        or len(set(weights.values())) != 1
+        or min(weights.values()) <= 0
+    ):
+        yield Departure(
+            key=f"stage.{stage.name}.reward",
+            paper="accuracy x 1, format x 1",
+            here=_spell(weights),
+            why="accuracy and format, of the same weight",
+        )
+
+
+def _spell(value: Any) -> str:
+    if value is None:
+        return "none"
+    if isinstance(value, bool):
+        return "true" if value else "false"
+    if isinstance(value, float):
+        return f"{value:g}"
+    if isinstance(value, dict):
+        return ", ".join(f"{key} x {_spell(item)}" for key, item in value.items())
+    if isinstance(value, BaseModel):
+        return ", ".join(f"{key} = {_spell(item)}" for key, item in value.model_dump().items())
+    return str(value)

@@ -1,0 +1,64 @@
+"""Optimizer, learning-rate schedule, checkpoint and sampling tables shared by the stages."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
+
+from megatron_r1.config.base import Table
+
+
+class OptimizerConfig(Table):
+    """Adam with fp32 master weights, through Megatron's optimizer."""
+
+    lr: PositiveFloat
+    """Peak learning rate."""
+    min_lr: NonNegativeFloat = 0.0
+    """Floor of a decaying schedule."""
+    schedule: Literal["constant", "linear", "cosine"] = "constant"
+    """Shape of the decay after warm-up. R1's RL schedule is not stated; its SFT uses cosine to lr / 10."""
+    warmup_steps: NonNegativeInt = 0
+    """Optimizer steps of linear warm-up from 0."""
+    weight_decay: NonNegativeFloat = 0.0
+    """Decoupled weight decay; not applied to vectors."""
+    beta1: float = Field(default=0.9, ge=0, lt=1)
+    beta2: float = Field(default=0.95, ge=0, lt=1)
+    eps: PositiveFloat = 1e-8
+    clip_grad: NonNegativeFloat = 1.0
+    """Largest global L2 norm of the gradient; 0: no clipping."""
+
+
+class CheckpointConfig(Table):
+    """When to save and how much to keep."""
+
+    every: PositiveInt = 100
+    """Optimizer steps between two checkpoints; the last step is always saved."""
+    keep: PositiveInt = 2
+    """Newest checkpoints kept."""
+
+
+class SamplingConfig(Table):
+    """How completions are drawn."""
+
+    temperature: PositiveFloat = 1.0
+    """Logits are divided by this. The paper: 1.0 for R1-Zero and stage 1, 0.7 for stage 2, 0.6 in evaluation."""
+    top_p: float = Field(default=1.0, gt=0, le=1)
+    """Nucleus: smallest set of tokens whose probability reaches this."""
+    top_k: NonNegativeInt = 0
+    """Only the k likeliest tokens; 0: all."""
+    max_new_tokens: PositiveInt = 32768
+    """Longest completion; a longer one is cut with finish reason "length"."""
+    stop: list[str] = Field(default_factory=list)
+    """Strings that end a completion besides the end-of-sequence token."""
+    batch_size: PositiveInt = 256
+    """Completions a data-parallel rank decodes at once (memory of the KV cache)."""
+
+
+class EvalSamplingConfig(SamplingConfig):
+    """How completions are drawn in an evaluation; a key left out keeps the paper's evaluation value."""
+
+    temperature: PositiveFloat = 0.6
+    """Logits are divided by this (the paper's evaluation: 0.6)."""
+    top_p: float = Field(default=0.95, gt=0, le=1)
+    """Nucleus: smallest set of tokens whose probability reaches this (the paper's evaluation: 0.95)."""

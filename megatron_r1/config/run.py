@@ -1,0 +1,105 @@
+"""The whole run: model, tokenizer, layout and an ordered list of stages, as one validated object."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import Field, PositiveInt, model_validator
+
+from megatron_r1.config.base import Table
+from megatron_r1.config.data import CorpusConfig, PromptsConfig, RewardConfig
+from megatron_r1.config.grpo import GrpoConfig
+from megatron_r1.config.model import ModelConfig, ParallelConfig, TokenizerConfig
+from megatron_r1.config.optim import CheckpointConfig, EvalSamplingConfig, OptimizerConfig, SamplingConfig
+
+
+class StageBase(Table):
+    """What every stage has."""
+
+    name: str = Field(pattern=r"^[a-z0-9][a-z0-9._-]*$")
+    """Name of the stage and of its folder in the run directory."""
+    init_from: str | None = Field(default=None, alias="from")
+    """Where its weights come from: an earlier stage's name or a checkpoint folder. None: the stage before it, or
+    random weights for the first."""
+
+
+class TrainStage(StageBase):
+    """What every training stage has."""
+
+    steps: PositiveInt
+    """Optimizer steps in all."""
+    optimizer: OptimizerConfig
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    micro_batch_tokens: PositiveInt = 8192
+    """Padded tokens of a micro-batch: memory of activations against speed."""
+    log_every: PositiveInt = 1
+    """Steps between two lines of metrics."""
+
+
+class PretrainStage(TrainStage):
+    """Next-token prediction on generated documents."""
+
+    kind: Literal["pretrain"]
+    corpus: list[CorpusConfig] = Field(min_length=1)
+    batch_tokens: PositiveInt = 1024
+    """Tokens of a global batch, about; documents are batched by length."""
+    mtp_loss: float = Field(default=0.1, ge=0)
+    """Weight of the multi-token-prediction loss, where the model has such layers (V3: 0.3, later 0.1)."""
+
+
+class GrpoStage(TrainStage):
+    """Reinforcement learning from rule rewards (R1-Zero)."""
+
+    kind: Literal["grpo"]
+    prompts: PromptsConfig
+    reward: list[RewardConfig] = Field(min_length=1)
+    verifier_workers: PositiveInt = 4
+    """Processes a replica judges answers in; none is started before a verifier needs one."""
+    sampling: SamplingConfig = SamplingConfig()
+    grpo: GrpoConfig = GrpoConfig()
+
+
+class EvalStage(StageBase):
+    """pass@1, cons@k and pass@k on held-out problems."""
+
+    kind: Literal["eval"]
+    prompts: PromptsConfig
+    problems: PositiveInt = 256
+    """Held-out problems, the first of the source; training prompts are checked never to contain them."""
+    k: PositiveInt = 16
+    """Samples a problem."""
+    sampling: EvalSamplingConfig = EvalSamplingConfig()
+    deadline: float = Field(default=1.0, gt=0)
+    """Seconds a verifier may take."""
+    verifier_workers: PositiveInt = 4
+    """Processes a replica judges answers in; none is started before a verifier needs one."""
+
+
+Stage = Annotated[PretrainStage | GrpoStage | EvalStage, Field(discriminator="kind")]
+
+
+class RunConfig(Table):
+    """A recipe file."""
+
+    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
+    """Name of the run; its folder is runs/<name> unless --run-dir says otherwise."""
+    seed: int = 1234
+    """Seed of weights, data order and sampling."""
+    model: ModelConfig
+    tokenizer: TokenizerConfig
+    parallel: ParallelConfig = ParallelConfig()
+    stage: list[Stage] = Field(min_length=1)
+    threads: PositiveInt = 1
+    """CPU threads a rank (OMP_NUM_THREADS)."""
+    timeout_minutes: PositiveInt = 30
+    """Longest a collective may wait before the run ends with an error."""
+
+    @model_validator(mode="after")
+    def _stages(self) -> RunConfig:
+        names = [stage.name for stage in self.stage]
+        for i, stage in enumerate(self.stage):
+            if stage.name in names[:i]:
+                raise ValueError(f"two stages are called {stage.name!r}; names must differ")
+            if stage.kind == "eval" and i == 0 and stage.init_from is None:
+                raise ValueError(f"stage {stage.name!r} evaluates nothing: set `from` to a checkpoint folder")
+        return self

@@ -1,0 +1,1 @@
+"""Tokenizers, templates, prompt sources, pre-training text and micro-batches."""

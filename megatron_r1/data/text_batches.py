@@ -1,0 +1,105 @@
+"""Pre-training batches: documents of similar length, about `batch_tokens` tokens a global batch.
+
+Documents are read in pools of a fixed number; a pool is sorted by length, cut into batches and the batches shuffled.
+So padding stays small, and (pool start, batches taken) is the whole state.
+"""
+
+from __future__ import annotations
+
+import random
+from typing import Any
+
+from megatron_r1.config.data import CorpusConfig
+from megatron_r1.data.corpus import Corpus
+from megatron_r1.data.tokenizers import Tokenizer
+from megatron_r1.types import Sample
+
+_BATCHES_A_POOL = 32
+
+
+class TextBatches:
+    """Endless batches of one stage's corpora, each corpus for its share of the steps, in order."""
+
+    def __init__(
+        self,
+        corpora: list[CorpusConfig],
+        tokenizer: Tokenizer,
+        *,
+        batch_tokens: int,
+        steps: int,
+        seed: int,
+        exclude: frozenset[str],
+    ) -> None:
+        self.tokenizer, self.batch_tokens, self.seed = tokenizer, batch_tokens, seed
+        self.corpora = [Corpus(config, seed, exclude) for config in corpora]
+        total = sum(config.share for config in corpora)
+        ends = [
+            sum(config.share for config in corpora[: i + 1]) / total for i in range(len(corpora))
+        ]
+        self._last_steps = [round(end * steps) for end in ends]
+        self._which = 0
+        self._pool: list[list[Sample]] = []
+        self._pool_start = self._pool_state()
+        self._taken = 0  # batches taken of the pool
+
+    @property
+    def excluded(self) -> int:
+        """Documents skipped because they ask a held-out question."""
+        return sum(corpus.excluded for corpus in self.corpora)
+
+    def take(self, step: int) -> list[Sample]:
+        """The global batch of optimizer step `step`, counted from 0."""
+        which = next(
+            (i for i, last in enumerate(self._last_steps) if step < last), len(self.corpora) - 1
+        )
+        if which != self._which:
+            self._which, self._pool, self._taken = which, [], 0
+        if self._taken == len(self._pool):
+            self._refill()
+        self._taken += 1
+        return self._pool[self._taken - 1]
+
+    def state(self) -> dict[str, Any]:
+        """Where the next batch comes from, as JSON."""
+        return {**self._pool_start, "taken": self._taken}
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Go on as if the batches before `state` had been taken."""
+        self._which = state["which"]
+        for corpus, saved in zip(self.corpora, state["corpora"], strict=True):
+            corpus.restore(saved)
+        self._pool, self._taken = [], 0
+        if state["taken"]:
+            self._refill()
+            self._taken = state["taken"]
+
+    def _pool_state(self) -> dict[str, Any]:
+        return {"which": self._which, "corpora": [corpus.state() for corpus in self.corpora]}
+
+    def _refill(self) -> None:
+        self._pool_start = self._pool_state()
+        corpus = self.corpora[self._which]
+        order = random.Random(f"{self.seed} {self._which} {corpus.position}")
+        samples: list[Sample] = []
+        tokens = 0
+        while tokens < _BATCHES_A_POOL * self.batch_tokens:
+            samples.append(self._sample(corpus))
+            tokens += len(samples[-1].token_ids)
+        samples.sort(key=lambda sample: len(sample.token_ids))
+        self._pool, batch, filled = [], [], 0
+        for sample in samples:
+            batch.append(sample)
+            filled += len(sample.token_ids)
+            if filled >= self.batch_tokens:
+                self._pool.append(batch)
+                batch, filled = [], 0
+        if batch and not self._pool:
+            self._pool.append(batch)  # a remainder is dropped only where there are whole batches
+        order.shuffle(self._pool)
+        self._taken = 0
+
+    def _sample(self, corpus: Corpus) -> Sample:
+        document = next(corpus)
+        prompt = self.tokenizer.encode(document.prompt)
+        body = self.tokenizer.encode(document.body)
+        return Sample(token_ids=[*prompt, *body, self.tokenizer.eos_id], prompt_length=len(prompt))

@@ -1,0 +1,1 @@
+"""From a Hugging Face style config.json to a Megatron-Core GPT model, on a CPU or a GPU."""

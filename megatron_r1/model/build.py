@@ -1,0 +1,82 @@
+"""Build this rank's chunks of a model. The one place that constructs a GPTModel."""
+
+from __future__ import annotations
+
+import logging
+
+import torch
+from megatron.core import parallel_state
+from megatron.core.transformer.module import Float16Module
+from megatron.core.transformer.transformer_config import TransformerConfig
+
+from megatron_r1.config.model import ModelConfig
+from megatron_r1.model.gpt import PolicyModel
+from megatron_r1.model.megatron_config import transformer_config
+from megatron_r1.model.presets import Architecture
+from megatron_r1.model.specs import decoder_spec, mtp_spec, transformer_engine_available
+from megatron_r1.parallel.world import World
+
+logger = logging.getLogger(__name__)
+
+Chunk = PolicyModel | Float16Module
+"""One virtual stage; Float16Module around the model when parameters are bf16."""
+
+
+def build_model(arch: Architecture, model: ModelConfig, world: World, *, mtp_loss: float = 0.1) -> list[Chunk]:
+    """This rank's model chunks, one per virtual pipeline stage, with freshly drawn weights. Collective.
+
+    The weights drawn depend on the layout; start from a checkpoint to compare layouts.
+    """
+    on_cpu = world.device.type == "cpu"
+    config = transformer_config(arch, model, world.layout, on_cpu=on_cpu, mtp_loss=mtp_loss)
+    stages = world.layout.virtual_pipeline
+    chunks = [_chunk(arch, config, stage if stages > 1 else None, world) for stage in range(stages)]
+    if world.rank == 0:
+        backend = "Transformer Engine" if transformer_engine_available() else "local (torch)"
+        count = sum(p.numel() for chunk in chunks for p in chunk.parameters())
+        logger.info("layer spec: %s; %s parameters on rank 0", backend, f"{count:,}")
+    if not on_cpu:
+        chunks = [chunk.to(world.device) for chunk in chunks]
+    if config.bf16:
+        return [Float16Module(config, chunk) for chunk in chunks]
+    return list(chunks)
+
+
+def padded_vocab(arch: Architecture, tensor_size: int) -> int:
+    """Vocabulary rounded up so that tensor-parallel ranks hold equal shares; log-probs ignore the added entries."""
+    return -(-int(arch["vocab_size"]) // tensor_size) * tensor_size
+
+
+def unwrap(chunk: torch.nn.Module) -> PolicyModel:
+    """The model inside DistributedDataParallel and Float16Module."""
+    while not isinstance(chunk, PolicyModel):
+        chunk = chunk.module  # type: ignore[assignment]
+    return chunk
+
+
+def _chunk(arch: Architecture, config: TransformerConfig, vp_stage: int | None, world: World) -> PolicyModel:
+    scaling = arch.get("rope_scaling") or {}
+    llama3 = scaling.get("rope_type") == "llama3"
+    model = PolicyModel(
+        config,
+        decoder_spec(config, vp_stage),
+        vocab_size=padded_vocab(arch, world.layout.tensor),
+        max_sequence_length=arch["max_position_embeddings"],
+        # MLA applies its rotary embedding inside the attention.
+        position_embedding_type="none" if config.multi_latent_attention else "rope",
+        rotary_base=int(arch["rope_theta"]),
+        rope_scaling=llama3,
+        rope_scaling_factor=float(scaling.get("factor", 8.0)),
+        share_embeddings_and_output_weights=bool(arch.get("tie_word_embeddings")),
+        mtp_block_spec=mtp_spec(config, vp_stage),
+        vp_stage=vp_stage,
+        pre_process=parallel_state.is_pipeline_first_stage(ignore_virtual=False, vp_stage=vp_stage),
+        post_process=parallel_state.is_pipeline_last_stage(ignore_virtual=False, vp_stage=vp_stage),
+    )
+    model.unpadded_vocab = int(arch["vocab_size"])
+    for name, parameter in model.named_parameters():
+        if ".experts." in name:
+            # Also at expert-parallel size 1: then every layout has the same pair of optimizers (dense, expert) and
+            # optimizer state can be loaded under another expert-parallel size.
+            parameter.allreduce = False  # type: ignore[attr-defined]
+    return model

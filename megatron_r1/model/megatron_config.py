@@ -1,0 +1,209 @@
+"""An architecture and a layout become Megatron's TransformerConfig.
+
+The names on the left are Hugging Face's, on the right Megatron-Core's; facts about DeepSeek-V3 follow its technical
+report (arXiv 2412.19437). Whatever Megatron would get silently wrong is refused here.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from megatron.core.transformer.transformer_config import MLATransformerConfig, TransformerConfig
+
+from megatron_r1.config.errors import UserError
+from megatron_r1.config.model import ModelConfig, ParallelConfig
+from megatron_r1.model.presets import Architecture
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
+# Fields that this project sets from the layout, the loss or the schedule: passing them through could only break it.
+RESERVED = frozenset(
+    "tensor_model_parallel_size pipeline_model_parallel_size virtual_pipeline_model_parallel_size "
+    "context_parallel_size expert_model_parallel_size expert_tensor_parallel_size sequence_parallel "
+    "pipeline_dtype params_dtype bf16 fp16 calculate_per_token_loss variable_seq_lengths batch_p2p_comm "
+    "overlap_p2p_comm use_cpu_initialization perform_initialization num_layers hidden_size grad_scale_func "
+    "finalize_model_grads_func no_sync_func grad_sync_func param_sync_func timers".split()
+)
+
+
+def transformer_config(
+    arch: Architecture, model: ModelConfig, layout: ParallelConfig, *, on_cpu: bool, mtp_loss: float = 0.1
+) -> TransformerConfig:
+    """Megatron's configuration of this architecture under this layout.
+
+    Raises UserError for an unknown `[model.megatron]` field, or for a value that Megatron-Core 0.16.1 would turn into
+    a silently wrong result.
+    """
+    family = _deepseek_v3(arch) if arch["model_type"] == "deepseek_v3" else _dense(arch)
+    fields = {**_common(arch), **family, **_parallel(model, layout)}
+    if not on_cpu:
+        fields.update(_kernels(arch))
+    layers = arch.get("num_nextn_predict_layers") or 0
+    if layers and model.mtp is not False:
+        fields.update(mtp_num_layers=layers, mtp_loss_scaling_factor=mtp_loss)
+    cls = MLATransformerConfig if fields.get("multi_latent_attention") else TransformerConfig
+    _check_pass_through(model.megatron, cls)
+    fields.update(model.megatron)
+    _refuse_silent_traps(arch, fields)
+    try:
+        return cls(**fields)
+    except (AssertionError, ValueError) as error:
+        raise UserError(f"Megatron-Core refuses this model and layout: {error}") from error
+
+
+def _common(arch: Architecture) -> dict[str, Any]:
+    return dict(
+        num_layers=arch["num_hidden_layers"],
+        hidden_size=arch["hidden_size"],
+        ffn_hidden_size=arch["intermediate_size"],
+        num_attention_heads=arch["num_attention_heads"],
+        normalization="RMSNorm",
+        layernorm_epsilon=arch["rms_norm_eps"],
+        gated_linear_unit=True,
+        activation_func=F.silu,
+        add_bias_linear=False,
+        hidden_dropout=0.0,
+        attention_dropout=0.0,
+        init_method_std=arch.get("initializer_range", 0.02),
+    )
+
+
+def _dense(arch: Architecture) -> dict[str, Any]:
+    heads = arch["num_attention_heads"]
+    return dict(
+        num_query_groups=arch.get("num_key_value_heads", heads),
+        kv_channels=arch.get("head_dim") or arch["hidden_size"] // heads,
+        add_qkv_bias=arch["model_type"] == "qwen2" or bool(arch.get("attention_bias")),
+        qk_layernorm=arch["model_type"] == "qwen3",
+    )
+
+
+def _deepseek_v3(arch: Architecture) -> dict[str, Any]:
+    grouped = (arch.get("n_group") or 1) > 1
+    dense = arch["first_k_dense_replace"]
+    return dict(
+        multi_latent_attention=True,
+        q_lora_rank=arch["q_lora_rank"],
+        kv_lora_rank=arch["kv_lora_rank"],
+        qk_head_dim=arch["qk_nope_head_dim"],
+        qk_pos_emb_head_dim=arch["qk_rope_head_dim"],
+        v_head_dim=arch["v_head_dim"],
+        kv_channels=arch["v_head_dim"],
+        qk_layernorm=True,
+        rotary_base=arch["rope_theta"],
+        **_rope(arch),
+        num_moe_experts=arch["n_routed_experts"],
+        moe_layer_freq=[0] * dense + [1] * (arch["num_hidden_layers"] - dense),
+        moe_ffn_hidden_size=arch["moe_intermediate_size"],
+        moe_shared_expert_intermediate_size=arch["n_shared_experts"] * arch["moe_intermediate_size"],
+        moe_router_topk=arch["num_experts_per_tok"],
+        moe_router_score_function="sigmoid",
+        moe_router_num_groups=arch["n_group"] if grouped else None,
+        moe_router_group_topk=arch["topk_group"] if grouped else None,
+        moe_router_topk_scaling_factor=arch["routed_scaling_factor"],
+        moe_router_enable_expert_bias=True,
+        moe_router_bias_update_rate=1e-3,
+        moe_router_load_balancing_type="none",
+        moe_aux_loss_coeff=0.0,
+        moe_router_dtype="fp32",
+        moe_token_dispatcher_type="alltoall",
+        moe_grouped_gemm=False,
+    )
+
+
+def _rope(arch: Architecture) -> dict[str, Any]:
+    scaling = arch.get("rope_scaling")
+    if not scaling:
+        # Megatron multiplies the softmax scale by m(mscale_all_dim)^2 for any rope type; a factor of 1 makes m = 1.
+        return dict(rope_type="rope", rotary_scaling_factor=1.0)
+    kind = scaling.get("rope_type") or scaling.get("type")
+    if kind != "yarn":
+        raise UserError(f"rope_scaling type {kind!r} is not supported for deepseek_v3; it uses yarn or none")
+    return dict(
+        rope_type="yarn",
+        rotary_scaling_factor=float(scaling["factor"]),
+        original_max_position_embeddings=scaling["original_max_position_embeddings"],
+        beta_fast=scaling["beta_fast"],
+        beta_slow=scaling["beta_slow"],
+        mscale=scaling["mscale"],
+        mscale_all_dim=scaling["mscale_all_dim"],
+    )
+
+
+def _parallel(model: ModelConfig, layout: ParallelConfig) -> dict[str, Any]:
+    dtype = DTYPES[model.precision]
+    fields: dict[str, Any] = dict(
+        tensor_model_parallel_size=layout.tensor,
+        pipeline_model_parallel_size=layout.pipeline,
+        context_parallel_size=layout.context,
+        expert_model_parallel_size=layout.expert,
+        expert_tensor_parallel_size=layout.etp,
+        # Megatron refuses TP with experts in training unless sequences are sharded too, and MLA's replicated
+        # down-projections get the right gradient only that way.
+        sequence_parallel=layout.tensor > 1,
+        params_dtype=dtype,
+        pipeline_dtype=dtype,
+        bf16=model.precision == "bf16",
+        # Experts drawn from the default CPU generator would be identical on every expert-parallel rank.
+        use_cpu_initialization=False,
+        # Gradients are divided by a count of tokens over the whole batch, so that every layout agrees.
+        calculate_per_token_loss=True,
+        variable_seq_lengths=True,
+    )
+    if layout.virtual_pipeline > 1:
+        # With two stages, batched p2p swaps the interleaved schedule's messages and trains wrongly without an error.
+        fields.update(
+            virtual_pipeline_model_parallel_size=layout.virtual_pipeline,
+            batch_p2p_comm=False,
+            overlap_p2p_comm=True,
+        )
+    return fields
+
+
+def _kernels(arch: Architecture) -> dict[str, Any]:
+    """Fused kernels that exist on GPUs only (Transformer Engine's grouped GEMM among them)."""
+    fused: dict[str, Any] = dict(bias_activation_fusion=True, masked_softmax_fusion=True)
+    if arch["model_type"] == "deepseek_v3":
+        fused.update(moe_grouped_gemm=True, moe_permute_fusion=True)
+    return fused
+
+
+def _check_pass_through(fields: dict[str, Any], cls: type) -> None:
+    known = {f.name for f in dataclasses.fields(cls)}
+    for key in fields:
+        if key in RESERVED:
+            raise UserError(
+                f"[model.megatron] {key}: this field follows from [model], [parallel] and the loss; set it there"
+            )
+        if key not in known:
+            close = difflib.get_close_matches(key, known, n=3)
+            hint = f"; did you mean {' or '.join(close)}?" if close else ""
+            raise UserError(f"[model.megatron] {key}: Megatron's {cls.__name__} has no such field{hint}")
+
+
+def _refuse_silent_traps(arch: Architecture, fields: dict[str, Any]) -> None:
+    topk, groups = fields.get("moe_router_topk"), fields.get("moe_router_group_topk")
+    if groups and topk is not None and topk // groups != 2:
+        raise UserError(
+            f"num_experts_per_tok {topk} with topk_group {groups}: Megatron-Core scores a group by its best "
+            f"{topk // groups} experts, DeepSeek-V3 by its best 2, so they would route differently; "
+            "num_experts_per_tok must be 2 x topk_group (or n_group = 1)"
+        )
+    kinds = fields.get("moe_router_load_balancing_type", "none")
+    if "seq_aux_loss" in ([kinds] if isinstance(kinds, str) else kinds):
+        raise UserError(
+            "[model.megatron] moe_router_load_balancing_type = seq_aux_loss: Megatron-Core 0.16.1 scales it wrongly "
+            "with per-token loss under tensor or context parallelism, silently; use 'none' with the expert bias "
+            "(DeepSeek-V3's own aux-loss-free balance)"
+        )
+    if fields.get("moe_token_dispatcher_type", "alltoall") == "allgather":
+        raise UserError(
+            "[model.megatron] moe_token_dispatcher_type = allgather needs micro-batches of equal length on all ranks, "
+            "which reinforcement learning does not have; use alltoall (or flex on GPUs)"
+        )
+    if arch["model_type"] == "deepseek_v3" and arch.get("norm_topk_prob") is False:
+        raise UserError("norm_topk_prob = false: Megatron-Core always normalises sigmoid routing weights")

@@ -1,0 +1,153 @@
+"""Every metric a run may write, with its unit and meaning: the one list that writers, progress,
+report and docs use.
+
+A name is `group/what`. `MetricsWriter` refuses a name that is not here, so a typing mistake cannot
+split a curve in two. Means are over the whole rollout phase or global batch, never over one rank.
+"""
+
+from __future__ import annotations
+
+from typing import Literal, NamedTuple
+
+Unit = Literal["share", "count", "tokens", "tokens/s", "nats", "s", "reward", "GiB", "ratio", "1"]
+"""share: 0..1, shown as per cent; nats: per token, natural log; reward: in units of the weighted
+reward; 1: pure.
+"""
+
+
+class Metric(NamedTuple):
+    """Unit and one-line meaning of a metric."""
+
+    unit: Unit
+    meaning: str
+
+
+METRICS: dict[str, Metric] = {
+    # rewards of one rollout phase
+    "reward/mean": Metric("reward", "mean total reward of the phase's completions"),
+    "reward/std": Metric(
+        "reward", "mean over groups of the reward's standard deviation within a group"
+    ),
+    "reward/accuracy": Metric(
+        "share", "completions whose answer the verifier calls correct (training pass@1)"
+    ),
+    "reward/majority": Metric(
+        "share", "groups whose most frequent answer is correct (training cons@G)"
+    ),
+    "reward/format": Metric("share", "completions in the asked format"),
+    "reward/overlong": Metric("reward", "mean penalty for too long completions, zero or negative"),
+    # groups and verdicts
+    "groups/no_signal": Metric(
+        "share", "groups whose rewards are all equal: no gradient from the reward"
+    ),
+    "groups/all_correct": Metric("share", "groups whose completions are all correct"),
+    "groups/all_wrong": Metric("share", "groups without one correct completion"),
+    "groups/dropped": Metric("count", "groups left out of training"),
+    "groups/rounds": Metric("count", "rollout rounds that the phase took (dynamic sampling)"),
+    "verdict/unknown": Metric(
+        "share", "completions on which the verifier gave no verdict (deadline, error)"
+    ),
+    # sampling
+    "rollout/length": Metric("tokens", "mean length of a completion"),
+    "rollout/length_max": Metric("tokens", "longest completion"),
+    "rollout/length_correct": Metric("tokens", "mean length of the correct completions"),
+    "rollout/length_wrong": Metric("tokens", "mean length of the other completions"),
+    "rollout/truncated": Metric("share", "completions cut at max_new_tokens"),
+    "rollout/aborted": Metric("share", "completions ended by the engine before they were finished"),
+    "rollout/completions": Metric("count", "completions of the phase"),
+    "rollout/tokens": Metric("tokens", "tokens sampled in the phase"),
+    "rollout/tokens_per_second": Metric("tokens/s", "tokens sampled a second, all ranks together"),
+    "rollout/staleness": Metric("count", "mean weight versions between sampling and training"),
+    # the policy update
+    "advantage/mean": Metric("1", "mean advantage of the batch"),
+    "advantage/std": Metric("1", "standard deviation of the batch's advantages"),
+    "policy/kl": Metric("nats", "KL(policy || reference) a token, by the estimator of the loss"),
+    "policy/entropy": Metric("nats", "mean entropy of the policy's next-token distribution"),
+    "policy/ratio": Metric("ratio", "mean probability ratio policy / old policy"),
+    "policy/ratio_max": Metric("ratio", "largest probability ratio policy / old policy"),
+    "policy/clip_low": Metric("share", "tokens whose ratio is clipped from below"),
+    "policy/clip_high": Metric("share", "tokens whose ratio is clipped from above"),
+    "policy/dual_clip": Metric("share", "tokens whose loss the dual clip bounds"),
+    "policy/old_kl": Metric(
+        "nats", "KL(old policy || policy) a token: how far the phase's steps have moved"
+    ),
+    "policy/engine_gap": Metric(
+        "nats", "mean |log-prob of the trainer - log-prob of the sampling engine|"
+    ),
+    "policy/engine_k3": Metric("nats", "KL(sampling engine || trainer) a token, by the k3 estimator"),
+    # losses
+    "loss/policy": Metric("1", "policy loss without the KL term"),
+    "loss/kl": Metric("1", "KL term of the loss, coefficient included"),
+    "loss/total": Metric("1", "the loss that was differentiated"),
+    "loss/lm": Metric("nats", "next-token cross-entropy"),
+    "loss/mtp": Metric("nats", "cross-entropy of the multi-token-prediction layers"),
+    "loss/held_out": Metric("nats", "next-token cross-entropy on held-out text"),
+    # optimizer, experts
+    "optim/grad_norm": Metric("1", "global L2 norm of the gradient before clipping"),
+    "optim/lr": Metric("1", "learning rate"),
+    "optim/skipped": Metric(
+        "count", "optimizer steps skipped so far because of a non-finite gradient"
+    ),
+    "moe/balance_loss": Metric("1", "load-balancing loss of the router"),
+    "moe/load_max": Metric("ratio", "load of the busiest expert over the mean load"),
+    # speed, memory and progress
+    "train/tokens": Metric("tokens", "tokens of the global batch, padding not counted"),
+    "train/tokens_per_second": Metric("tokens/s", "tokens trained on a second, all ranks together"),
+    "train/padding": Metric("share", "padding among the tokens computed"),
+    "train/epoch": Metric("1", "passes over the prompts or documents so far"),
+    "time/step": Metric("s", "wall time of the optimizer step, everything included"),
+    "time/rollout": Metric("s", "wall time of sampling"),
+    "time/reward": Metric("s", "wall time of scoring"),
+    "time/log_probs": Metric("s", "wall time of the old and reference log-probs"),
+    "time/train": Metric("s", "wall time of forward, backward and optimizer"),
+    "time/sync": Metric("s", "wall time of handing new weights to the sampling engine"),
+    "time/checkpoint": Metric("s", "wall time of saving"),
+    "memory/peak": Metric(
+        "GiB", "peak memory of the accelerator (or of the process on a CPU), worst rank"
+    ),
+    # evaluation on held-out problems
+    "eval/pass_at_1": Metric("share", "mean accuracy of a single sample"),
+    "eval/cons_at_k": Metric("share", "problems whose most frequent answer of k is correct"),
+    "eval/pass_at_k": Metric("share", "problems with at least one correct answer of k"),
+    "eval/format": Metric("share", "completions in the asked format"),
+    "eval/truncated": Metric("share", "completions cut at max_new_tokens"),
+    "eval/unknown": Metric("share", "completions on which the verifier gave no verdict"),
+    "eval/length": Metric("tokens", "mean length of a completion"),
+    "eval/k": Metric("count", "samples a problem"),
+    "eval/problems": Metric("count", "problems"),
+}
+
+
+def check_names(names: list[str]) -> None:
+    """Raise ValueError when a name is not in METRICS: a programmer's mistake, not a user's."""
+    unknown = sorted(set(names) - METRICS.keys())
+    if unknown:
+        raise ValueError(
+            f"unknown metrics {unknown}: list them in megatron_r1/observe/names.py "
+            "with their unit and meaning"
+        )
+
+
+def format_value(value: float, unit: Unit) -> str:
+    """Short text of a value for people: 0.8125 share -> "81.2%", 15230 -> "15.2k", 3e-6 ->
+    "3e-06".
+    """
+    if value != value or value in (float("inf"), float("-inf")):
+        return str(value)
+    if unit == "share":
+        return f"{100 * value:.1f}%"
+    size = abs(value)
+    for bound, letter in ((1e9, "G"), (1e6, "M"), (1e4, "k")):
+        if size >= bound:
+            return f"{value / (1e3 if letter == 'k' else bound):.1f}{letter}"
+    if unit == "tokens" and size >= 1:
+        return f"{value:.1f}"
+    if unit == "count" or (value == int(value) and size >= 1):
+        return f"{value:.0f}" if value == int(value) else f"{value:.1f}"
+    if size >= 100:
+        return f"{value:.1f}"
+    if size >= 1:
+        return f"{value:.2f}"
+    if size >= 1e-3:
+        return f"{value:.4f}"
+    return "0" if value == 0 else f"{value:.1e}"

@@ -1,0 +1,106 @@
+"""Which metrics the report draws in which chart; `observe/sections.py` puts the charts on the
+page.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from megatron_r1.observe.charts import Series, line_chart
+from megatron_r1.observe.collect import Curve, StageView
+from megatron_r1.observe.names import METRICS, Unit
+
+
+class Panel(NamedTuple):
+    """One chart of a stage, drawn when it has written any of `metrics`; they share one unit."""
+
+    title: str
+    metrics: dict[str, str]  # metric name -> label in the legend
+    smoothed: bool = True
+
+
+PANELS: tuple[Panel, ...] = (
+    Panel(
+        "Accuracy and format",
+        {
+            "reward/accuracy": "accuracy",
+            "reward/format": "format",
+            "reward/majority": "majority vote",
+        },
+    ),
+    Panel("Mean reward", {"reward/mean": "mean reward"}),
+    Panel(
+        "Response length",
+        {
+            "rollout/length": "all",
+            "rollout/length_correct": "correct",
+            "rollout/length_wrong": "not correct",
+        },
+    ),
+    Panel("KL to the reference", {"policy/kl": "KL"}),
+    Panel("Entropy", {"policy/entropy": "entropy"}),
+    Panel(
+        "Language-model loss",
+        {"loss/lm": "next token", "loss/mtp": "multi-token", "loss/held_out": "held out"},
+    ),
+    Panel("Policy loss", {"loss/policy": "policy", "loss/kl": "KL term"}),
+    Panel("Gradient norm", {"optim/grad_norm": "gradient norm"}),
+    Panel(
+        "Throughput", {"rollout/tokens_per_second": "sampled", "train/tokens_per_second": "trained"}
+    ),
+    Panel(
+        "Groups without signal",
+        {
+            "groups/no_signal": "no signal",
+            "groups/all_correct": "all correct",
+            "groups/all_wrong": "all wrong",
+        },
+    ),
+    Panel(
+        "Verdict unknown, completions cut",
+        {"verdict/unknown": "verdict unknown", "rollout/truncated": "cut at the limit"},
+    ),
+    Panel("Clipped tokens", {"policy/clip_low": "from below", "policy/clip_high": "from above"}),
+    Panel("Probability ratio", {"policy/ratio": "mean ratio"}),
+    Panel("Learning rate", {"optim/lr": "learning rate"}, smoothed=False),
+    Panel(
+        "Time a step",
+        {
+            "time/step": "whole step",
+            "time/rollout": "rollout",
+            "time/train": "train",
+            "time/sync": "weight sync",
+        },
+    ),
+)
+
+CURVE_SIZE = (560, 320)
+"""Width and height in pixels of each half of the learning curve."""
+
+
+def stage_charts(stage: StageView) -> list[str]:
+    """One <svg> for each panel of which the stage has written something."""
+    charts = []
+    for panel in PANELS:
+        series = [
+            Series(name=label, points=points, smoothed=panel.smoothed)
+            for name, label in panel.metrics.items()
+            if (points := stage.series(name))
+        ]
+        if series:
+            charts.append(line_chart(panel.title, series, METRICS[next(iter(panel.metrics))].unit))
+    return charts
+
+
+def curve_charts(curve: Curve, hover: bool) -> list[str]:
+    """The paper's figure: accuracy, then response length, over RL steps; those with data."""
+    halves: list[tuple[str, list[Series], Unit]] = [
+        ("Accuracy", curve.accuracy, "share"),
+        ("Average response length", curve.length, "tokens"),
+    ]
+    label, (width, height) = "RL optimizer step", CURVE_SIZE
+    return [
+        line_chart(title, series, unit, x_label=label, width=width, height=height, hover=hover)
+        for title, series, unit in halves
+        if series
+    ]

@@ -1,0 +1,261 @@
+"""The run directory: every path in one place, the files that describe a run, and the states of its
+stages.
+
+    runs/<name>/recipe.toml resolved.toml stages.json departures.json summary.json report.html
+    runs/<name>/<stage>/metrics.jsonl tensorboard/ rollouts/ checkpoints/ hf/
+    logs/attempt-N/rank-R.log
+
+The pipeline writes here, `megatron-r1 status` and `report` read. Every file is replaced as a whole
+(temp + rename), so a reader, or a resume after a kill, never sees half of one. Only rank 0 writes.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from megatron_r1.config.errors import UserError
+
+State = Literal["pending", "running", "done", "failed"]
+Cell = str | int | float | None
+
+
+@dataclass(kw_only=True, slots=True)
+class StageState:
+    """One stage in stages.json. `result` of an eval stage holds `eval/...` metrics under their own
+    names.
+
+    Example: StageState(name="r1-zero", kind="grpo", state="running", steps_done=120, steps=600,
+    started=1.7e9).
+    """
+
+    name: str
+    kind: str  # "pretrain", "grpo", "eval", ...
+    state: State = "pending"
+    steps_done: int = 0
+    steps: int = 0  # 0 where a stage has no optimizer steps
+    started: float | None = None  # seconds since 1970
+    finished: float | None = None
+    result: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(kw_only=True, slots=True)
+class Departure:
+    """One entry of departures.json: where the run departs from the paper."""
+
+    key: str  # the recipe's key, e.g. "stage.grpo.loss.clip_low"
+    paper: str
+    here: str
+    why: str = ""
+
+
+@dataclass(kw_only=True, slots=True)
+class SummaryTable:
+    """A table of summary.json; the same three things that `progress.table` prints."""
+
+    title: str
+    columns: list[str]
+    rows: list[list[Cell]]
+
+
+@dataclass(frozen=True, slots=True)
+class StageDir:
+    """The folder of one stage."""
+
+    path: Path
+
+    @property
+    def metrics(self) -> Path:
+        """One JSON object a line, see `observe/metrics.py`."""
+        return self.path / "metrics.jsonl"
+
+    @property
+    def tensorboard(self) -> Path:
+        """TensorBoard event files, same names and numbers."""
+        return self.path / "tensorboard"
+
+    @property
+    def rollouts(self) -> Path:
+        """One file a rollout phase, see `observe/rollouts.py`."""
+        return self.path / "rollouts"
+
+    @property
+    def checkpoints(self) -> Path:
+        """Megatron shards, written by `checkpoint`."""
+        return self.path / "checkpoints"
+
+    @property
+    def hf(self) -> Path:
+        """Hugging Face export, written by `convert`."""
+        return self.path / "hf"
+
+    def rollout_file(self, step: int) -> Path:
+        """File of the rollout phase that began after `step` optimizer steps."""
+        return self.rollouts / f"step-{step:06d}.jsonl.gz"
+
+    def log_dir(self, attempt: int) -> Path:
+        """Logs of one attempt; attempts count from 1."""
+        return self.path / "logs" / f"attempt-{attempt}"
+
+    def rank_log(self, attempt: int, rank: int) -> Path:
+        """Log of one process of one attempt."""
+        return self.log_dir(attempt) / f"rank-{rank}.log"
+
+    def next_attempt(self) -> int:
+        """1 + the highest attempt that has a log folder; 1 for a new stage."""
+        found = [p.name.removeprefix("attempt-") for p in (self.path / "logs").glob("attempt-*")]
+        return 1 + max((int(n) for n in found if n.isdigit()), default=0)
+
+
+@dataclass(frozen=True, slots=True)
+class RunDir:
+    """The folder of one run."""
+
+    path: Path
+
+    @classmethod
+    def open(cls, path: Path) -> RunDir:
+        """An existing run directory. Raises UserError when `path` is none."""
+        run = cls(Path(path))
+        if not run.path.is_dir():
+            raise UserError(
+                f"{path}: there is no such folder; give the folder of a run, e.g. runs/<name>"
+            )
+        if not any(p.is_file() for p in (run.stages_file, run.resolved, run.recipe)):
+            raise UserError(
+                f"{path}: not a run directory, it has none of stages.json, resolved.toml, "
+                "recipe.toml; give the folder that `megatron-r1 run` wrote, e.g. runs/<name>"
+            )
+        return run
+
+    @property
+    def recipe(self) -> Path:
+        """The recipe as the user gave it."""
+        return self.path / "recipe.toml"
+
+    @property
+    def resolved(self) -> Path:
+        """The recipe with every default and override filled in."""
+        return self.path / "resolved.toml"
+
+    @property
+    def stages_file(self) -> Path:
+        """States of the stages."""
+        return self.path / "stages.json"
+
+    @property
+    def departures_file(self) -> Path:
+        """What departs from the paper."""
+        return self.path / "departures.json"
+
+    @property
+    def summary_file(self) -> Path:
+        """Tables and facts of a finished run."""
+        return self.path / "summary.json"
+
+    @property
+    def report(self) -> Path:
+        """The HTML page."""
+        return self.path / "report.html"
+
+    def stage(self, name: str) -> StageDir:
+        """Folder of the stage `name`; it need not exist yet."""
+        return StageDir(self.path / name)
+
+    def read_stages(self) -> list[StageState]:
+        """States in the order of the recipe; empty before the run has written any."""
+        if not self.stages_file.exists():
+            return []
+        try:
+            return [StageState(**stage) for stage in read_json(self.stages_file)["stages"]]
+        except (KeyError, TypeError) as error:
+            raise UserError(
+                f"{self.stages_file}: not a list of stage states ({error}); {_RESTORE}"
+            ) from error
+
+    def write_stages(self, stages: Sequence[StageState]) -> None:
+        """Replace stages.json."""
+        write_json(self.stages_file, {"stages": [dataclasses.asdict(stage) for stage in stages]})
+
+    def update_stage(self, name: str, **changes: Any) -> StageState:
+        """Change fields of one stage in stages.json. Raises KeyError for a stage that is not
+        there.
+        """
+        stages = self.read_stages()
+        for i, stage in enumerate(stages):
+            if stage.name == name:
+                stages[i] = dataclasses.replace(stage, **changes)
+                self.write_stages(stages)
+                return stages[i]
+        raise KeyError(f"{self.stages_file} has no stage {name!r}")
+
+    def read_departures(self) -> list[Departure]:
+        """What departs from the paper; empty where nothing was written."""
+        if not self.departures_file.exists():
+            return []
+        try:
+            return [Departure(**item) for item in read_json(self.departures_file)]
+        except TypeError as error:
+            raise UserError(
+                f"{self.departures_file}: not a list of departures ({error}); {_RESTORE}"
+            ) from error
+
+    def write_departures(self, departures: Sequence[Departure]) -> None:
+        """Replace departures.json."""
+        write_json(self.departures_file, [dataclasses.asdict(item) for item in departures])
+
+    def read_summary(self) -> tuple[list[SummaryTable], dict[str, str]]:
+        """(tables, facts) of summary.json; both empty before it is written."""
+        if not self.summary_file.exists():
+            return [], {}
+        try:
+            summary = read_json(self.summary_file)
+            return [SummaryTable(**table) for table in summary.get("tables", [])], dict(
+                summary.get("facts", {})
+            )
+        except (AttributeError, TypeError, ValueError) as error:
+            raise UserError(f"{self.summary_file}: not a summary ({error}); {_RESTORE}") from error
+
+    def write_summary(
+        self, tables: Sequence[SummaryTable], facts: Mapping[str, str] | None = None
+    ) -> None:
+        """Replace summary.json: {"tables": [{"title", "columns", "rows"}], "facts": {label:
+        text}}.
+        """
+        content = {
+            "tables": [dataclasses.asdict(table) for table in tables],
+            "facts": dict(facts or {}),
+        }
+        write_json(self.summary_file, content)
+
+
+_RESTORE = "restore the file or start the run anew in another folder"
+
+
+def write_text(path: Path, text: str) -> None:
+    """Replace a file in one step: temp file beside it, fsync, rename. Makes the folder."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temp = path.with_name(f".{path.name}.tmp")
+    with temp.open("w", encoding="utf-8") as stream:
+        stream.write(text)
+        stream.flush()
+        os.fsync(stream.fileno())
+    os.replace(temp, path)
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Replace a JSON file in one step."""
+    write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+
+
+def read_json(path: Path) -> Any:
+    """Parse a JSON file. Raises UserError that names the file when it is damaged."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise UserError(f"{path}: damaged JSON ({error}); {_RESTORE}") from error

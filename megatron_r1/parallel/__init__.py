@@ -1,0 +1,1 @@
+"""Processes and their groups: the layout, the CPU backend, vocabulary-parallel log-probs."""

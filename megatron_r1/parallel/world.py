@@ -1,0 +1,175 @@
+"""Start the process groups of a layout and hand them out as one frozen object.
+
+Everything above this module takes its groups from a `World`; only this module asks Megatron's global state.
+"""
+
+from __future__ import annotations
+
+import datetime
+import gc
+import logging
+import os
+import socket
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from megatron_r1.config.errors import UserError
+from megatron_r1.config.model import ParallelConfig
+from megatron_r1.parallel import cpu_backend
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class World:
+    """This process's place in the layout, and the groups it communicates in."""
+
+    rank: int
+    size: int
+    layout: ParallelConfig
+    device: torch.device
+    tensor_rank: int
+    pipeline_rank: int
+    data_rank: int  # replica number; context-parallel ranks of one replica share it
+    data_size: int
+    context_rank: int
+    tensor_group: Any
+    pipeline_group: Any
+    data_group: Any  # replicas of the same shard
+    data_context_group: Any  # replicas and context ranks: gradients are summed over it
+    expert_group: Any
+    model_group: Any  # every rank of one replica (TP x PP)
+
+    @property
+    def is_first_stage(self) -> bool:
+        """Whether this rank holds the embedding."""
+        return self.pipeline_rank == 0
+
+    @property
+    def is_last_stage(self) -> bool:
+        """Whether this rank holds the output layer."""
+        return self.pipeline_rank == self.layout.pipeline - 1
+
+    @property
+    def is_leader(self) -> bool:
+        """Whether this rank speaks for its replica (first tensor, context and pipeline rank)."""
+        return self.tensor_rank == 0 and self.pipeline_rank == 0 and self.context_rank == 0
+
+    @property
+    def last_stage_rank(self) -> int:
+        """Global rank of the last pipeline stage of this rank's pipeline."""
+        return dist.get_process_group_ranks(self.pipeline_group)[-1]
+
+    def all_gather_replicas(self, value: Any) -> list[Any]:
+        """Every replica's `value` (any picklable object), in replica order, on all ranks."""
+        parts: list[Any] = [None] * self.data_size
+        dist.all_gather_object(parts, value, group=self.data_group)
+        return parts
+
+    def broadcast_in_replica(self, value: Any) -> Any:
+        """The leader's `value` on all ranks of its replica."""
+        box = [value]
+        source = dist.get_process_group_ranks(self.model_group)[0]
+        dist.broadcast_object_list(box, src=source, group=self.model_group)
+        return box[0]
+
+    def any(self, flag: bool) -> bool:
+        """Whether any rank of the world says True. A collective: every rank must call it."""
+        tensor = torch.tensor(int(flag), device=self.device)
+        dist.all_reduce(tensor, op=dist.ReduceOp.MAX)
+        return bool(tensor.item())
+
+
+def environment() -> tuple[int, int]:
+    """(rank, world size) as torchrun or the launcher set them; (0, 1) outside of both."""
+    return int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def start(layout: ParallelConfig, seed: int, timeout_minutes: int = 30) -> World:
+    """Join the world, build Megatron's groups, seed its generators. Collective.
+
+    Raises UserError when the started processes do not fit the layout.
+    """
+    on_cpu = cpu_backend.install()
+    from megatron.core import parallel_state, tensor_parallel
+
+    rank, size = environment()
+    data_size, rest = divmod(size, layout.model_size)
+    if rest or (layout.data is not None and data_size != layout.data):
+        raise UserError(
+            f"[parallel] wants tensor {layout.tensor} x pipeline {layout.pipeline} x context {layout.context}"
+            f" x data {layout.data or 'any'}, but {size} processes were started; "
+            f"start {layout.world_size} of them, or change the layout"
+        )
+    if not dist.is_initialized():
+        _init_process_group(rank, size, on_cpu, timeout_minutes)
+    parallel_state.initialize_model_parallel(
+        tensor_model_parallel_size=layout.tensor,
+        pipeline_model_parallel_size=layout.pipeline,
+        virtual_pipeline_model_parallel_size=layout.virtual_pipeline if layout.virtual_pipeline > 1 else None,
+        context_parallel_size=layout.context,
+        expert_model_parallel_size=layout.expert,
+        expert_tensor_parallel_size=layout.etp,
+        create_gloo_process_groups=not on_cpu,
+        distributed_timeout_minutes=timeout_minutes,
+    )
+    # A stage draws other weights than its neighbour. The stride is larger than Megatron's offsets for tensor and
+    # expert ranks (2718, 1024 + 100 a rank), else an expert of one stage would equal one of another.
+    seed += 100_000 * parallel_state.get_pipeline_model_parallel_rank()
+    tensor_parallel.model_parallel_cuda_manual_seed(seed)
+    torch.manual_seed(seed)
+    if rank == 0 and on_cpu:
+        logger.info(cpu_backend.describe())
+    return World(
+        rank=rank,
+        size=size,
+        layout=layout,
+        device=torch.device("cpu") if on_cpu else torch.device("cuda", torch.cuda.current_device()),
+        tensor_rank=parallel_state.get_tensor_model_parallel_rank(),
+        pipeline_rank=parallel_state.get_pipeline_model_parallel_rank(),
+        data_rank=parallel_state.get_data_parallel_rank(),
+        data_size=data_size,
+        context_rank=parallel_state.get_context_parallel_rank(),
+        tensor_group=parallel_state.get_tensor_model_parallel_group(),
+        pipeline_group=parallel_state.get_pipeline_model_parallel_group(),
+        data_group=parallel_state.get_data_parallel_group(),
+        data_context_group=parallel_state.get_data_parallel_group(with_context_parallel=True),
+        expert_group=parallel_state.get_expert_model_parallel_group(),
+        model_group=parallel_state.get_model_parallel_group(),
+    )
+
+
+def stop() -> None:
+    """Destroy every group; afterwards `start` may build another layout in the same processes.
+
+    Without destroying the groups each layout would leave some sixty gloo threads behind.
+    """
+    from megatron.core import parallel_state
+
+    if not dist.is_initialized():
+        return
+    parallel_state.destroy_model_parallel()
+    dist.destroy_process_group()
+    parallel_state._global_process_group_list = None
+    gc.collect()  # models hold groups; their threads end with them
+
+
+def _init_process_group(rank: int, size: int, on_cpu: bool, timeout_minutes: int) -> None:
+    if "MASTER_ADDR" not in os.environ:
+        if size > 1:
+            raise UserError("WORLD_SIZE is set but MASTER_ADDR is not: start the ranks with torchrun or srun")
+        os.environ["MASTER_ADDR"] = "127.0.0.1"
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            os.environ["MASTER_PORT"] = str(probe.getsockname()[1])
+    if not on_cpu:
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", rank % torch.cuda.device_count())))
+    dist.init_process_group(
+        backend="gloo" if on_cpu else "cpu:gloo,cuda:nccl",
+        rank=rank,
+        world_size=size,
+        timeout=datetime.timedelta(minutes=timeout_minutes),
+    )

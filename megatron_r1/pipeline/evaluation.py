@@ -1,0 +1,36 @@
+"""The `eval` stage: a checkpoint judged on held-out problems."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from megatron_r1.config.optim import OptimizerConfig
+from megatron_r1.config.run import EvalStage
+from megatron_r1.observe.metrics import MetricsWriter
+from megatron_r1.observe.rollouts import RolloutWriter
+from megatron_r1.rollout.megatron import MegatronEngine
+from megatron_r1.train.context import RunContext
+from megatron_r1.train.evaluate import evaluate
+from megatron_r1.train.trainer import Trainer
+
+
+def run_evaluation(stage: EvalStage, context: RunContext, start: Path | None) -> dict[str, Any]:
+    """Load the checkpoint, sample, judge, write metrics and completions; returns the metrics and style counts."""
+    from megatron_r1.checkpoint import io as checkpoint_io
+
+    # The optimizer is never stepped; building it keeps one way of loading weights.
+    trainer = Trainer(context.arch, context.config.model, context.world, OptimizerConfig(lr=1e-6), 1, train_mtp=False)
+    if start is not None:
+        checkpoint_io.load_weights(start, trainer)
+    engine = MegatronEngine(
+        trainer.chunks, context.world, context.tokenizer, context.arch["vocab_size"],
+        context.arch["max_position_embeddings"],
+    )
+    metrics, styles, groups = evaluate(stage, context.tokenizer, engine, context.world, context.config.seed)
+    if context.world.rank == 0:
+        folder = context.run.stage(stage.name).path
+        with MetricsWriter(folder, context.attempt) as writer:
+            writer.write(0, metrics)
+        RolloutWriter(folder).write(0, groups)
+    return {**metrics, "styles": styles}

@@ -1,0 +1,90 @@
+"""What can be known before any process starts: every input of every stage exists and fits. No torch.
+
+`preflight` runs in the launching process, so that a mistake costs a second and leaves nothing behind.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from megatron_r1.config.errors import UserError
+from megatron_r1.config.run import EvalStage, GrpoStage, PretrainStage, RunConfig
+from megatron_r1.config.validate import check_layout
+from megatron_r1.data.corpus import Corpus
+from megatron_r1.data.prompts import open_prompts
+from megatron_r1.data.tokenizers import Tokenizer, build_tokenizer
+from megatron_r1.model.presets import Architecture, architecture
+
+
+def preflight(config: RunConfig) -> tuple[Architecture, Tokenizer]:
+    """Open every input and check the layout; returns the architecture and the tokenizer.
+
+    Raises UserError for the first thing that would fail later.
+    """
+    tokenizer = build_tokenizer(config.tokenizer)
+    arch = architecture(config.model, tokenizer.vocab_size)
+    check_layout(arch, config.parallel, None)
+    for stage in config.stage:
+        if stage.init_from is not None:
+            _check_start(stage.init_from, stage.name, config)
+        if isinstance(stage, PretrainStage):
+            for corpus in stage.corpus:
+                next(Corpus(corpus, config.seed))
+        elif isinstance(stage, (GrpoStage, EvalStage)):
+            open_prompts(stage.prompts, tokenizer)
+            _check_lengths(stage, arch)
+            if isinstance(stage, GrpoStage):
+                _check_grpo(stage, config)
+    return arch, tokenizer
+
+
+def start_of(config: RunConfig, index: int, run_dir: Path) -> tuple[str, Path] | None:
+    """What stage `index` starts from: ("stage", its folder) or ("checkpoint", a folder); None: fresh weights.
+
+    Without `from` it is the last stage before it that trains.
+    """
+    stage = config.stage[index]
+    earlier = {s.name: s for s in config.stage[:index]}
+    if stage.init_from is not None:
+        if stage.init_from in earlier:
+            return "stage", run_dir / stage.init_from
+        return "checkpoint", Path(stage.init_from)
+    trained = [s.name for s in config.stage[:index] if not isinstance(s, EvalStage)]
+    return ("stage", run_dir / trained[-1]) if trained else None
+
+
+def _check_start(source: str, name: str, config: RunConfig) -> None:
+    names = [stage.name for stage in config.stage]
+    if source in names:
+        origin = config.stage[names.index(source)]
+        if names.index(source) >= names.index(name):
+            raise UserError(f"stage.{name}.from = {source!r}: that stage comes later; stages run in the order written")
+        if isinstance(origin, EvalStage):
+            raise UserError(f"stage.{name}.from = {source!r}: an eval stage makes no weights; name a training stage")
+    elif not Path(source).is_dir():
+        raise UserError(
+            f"stage.{name}.from = {source!r}: neither a stage of this recipe ({', '.join(names)}) nor a checkpoint folder"
+        )
+
+
+def _check_lengths(stage: GrpoStage | EvalStage, arch: Architecture) -> None:
+    longest, positions = stage.sampling.max_new_tokens, arch["max_position_embeddings"]
+    if longest >= positions:
+        raise UserError(
+            f"stage.{stage.name}.sampling.max_new_tokens = {longest} leaves no room for a prompt: the model has "
+            f"max_position_embeddings = {positions}. Ask for less than that"
+        )
+
+
+def _check_grpo(stage: GrpoStage, config: RunConfig) -> None:
+    if config.parallel.context > 1:
+        raise UserError(
+            f"stage {stage.name!r} samples in process, which cannot decode under context parallelism: "
+            "set parallel.context = 1"
+        )
+    data = config.parallel.world_size // config.parallel.model_size
+    if stage.grpo.prompts % data:
+        raise UserError(
+            f"stage.{stage.name}.grpo.prompts = {stage.grpo.prompts} does not divide over {data} data-parallel "
+            "replicas; use a multiple of it"
+        )

@@ -1,0 +1,135 @@
+"""One rank of a run: joins the world, then runs the stages that are not done, in order."""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+from megatron_r1.checkpoint import folders
+from megatron_r1.config.errors import UserError
+from megatron_r1.config.run import EvalStage, GrpoStage, PretrainStage, RunConfig, Stage
+from megatron_r1.observe.rundir import RunDir, StageState
+from megatron_r1.pipeline.run import preflight, start_of
+
+logger = logging.getLogger(__name__)
+
+
+def main(config: RunConfig, run_dir: Path) -> int:
+    """Run this rank; returns its exit status: 0, or 2 after a user's mistake, which rank 0 reports."""
+    _set_up_process(config)
+    from megatron_r1.parallel import world as worlds
+    from megatron_r1.train.stopping import Stopped
+
+    try:
+        world = worlds.start(config.parallel, config.seed, config.timeout_minutes)
+        _run_stages(config, RunDir(run_dir), world)
+    except UserError as error:
+        if int(os.environ.get("RANK", "0")) == 0:
+            print(f"megatron-r1: {error}", file=sys.stderr)
+        return 2
+    except Stopped as stopped:
+        if int(os.environ.get("RANK", "0")) == 0:
+            print(f"megatron-r1: {stopped}. The same command goes on from here", file=sys.stderr)
+        return 0
+    finally:
+        worlds.stop()
+    return 0
+
+
+def _set_up_process(config: RunConfig) -> None:
+    import warnings
+
+    # Megatron warns a dozen times at import about optional kernels; which spec is used is logged instead.
+    warnings.filterwarnings("ignore", module="megatron")
+    rank = int(os.environ.get("RANK", "0"))
+    logging.basicConfig(
+        level=logging.INFO if rank == 0 else logging.WARNING, format="%(asctime)s %(name)s: %(message)s", force=True
+    )
+    logging.getLogger("megatron.core").setLevel(logging.WARNING)
+    import torch
+
+    torch.set_num_threads(config.threads)
+
+
+def _run_stages(config: RunConfig, run: RunDir, world: Any) -> None:
+    from megatron_r1.pipeline.summary import write_summary
+    from megatron_r1.train.context import RunContext
+    from megatron_r1.train.evaluate import heldout_prompts
+    from megatron_r1.train.stopping import StopRequest
+    from megatron_r1.data.heldout import heldout_ids
+
+    arch, tokenizer = preflight(config)
+    evals = [stage for stage in config.stage if isinstance(stage, EvalStage)]
+    heldout = heldout_ids(prompt for stage in evals for prompt in heldout_prompts(stage, tokenizer))
+    states = _states(config, run)
+    if world.rank == 0:
+        run.write_stages(states)
+    stop = StopRequest(run.path, world)
+    context = RunContext(config, arch, world, tokenizer, run, stop, heldout, _attempt(run))
+    for index, stage in enumerate(config.stage):
+        if states[index].state == "done":
+            continue
+        _run_stage(stage, index, context)
+    if world.rank == 0:
+        write_summary(run)
+
+
+def _run_stage(stage: Stage, index: int, context: Any) -> None:
+    from megatron_r1.pipeline.evaluation import run_evaluation
+    from megatron_r1.train.grpo import grpo
+    from megatron_r1.train.pretrain import pretrain
+
+    run, rank = context.run, context.world.rank
+    began = time.time()
+    if rank == 0:
+        run.update_stage(stage.name, state="running", started=began)
+    start = _start_checkpoint(context.config, index, run.path)
+    try:
+        if isinstance(stage, PretrainStage):
+            result = pretrain(stage, context, start)
+        elif isinstance(stage, GrpoStage):
+            result = grpo(stage, context, start)
+        else:
+            result = run_evaluation(stage, context, start)
+    except (UserError, RuntimeError):
+        if rank == 0:
+            run.update_stage(stage.name, state="failed")
+        raise
+    if rank == 0:
+        finished = time.time()
+        run.update_stage(stage.name, state="done", finished=finished, result=result)
+        logger.info("stage %s done in %.0f s", stage.name, finished - began)
+
+
+def _start_checkpoint(config: RunConfig, index: int, run_dir: Path) -> Path | None:
+    start = start_of(config, index, run_dir)
+    if start is None:
+        return None
+    kind, path = start
+    if kind == "checkpoint" and (path / folders.MANIFEST).is_file():
+        return path
+    found = folders.latest(path / "checkpoints" if kind == "stage" else path)
+    if found is None:
+        raise UserError(f"stage {config.stage[index].name!r} starts from {path}, which holds no complete checkpoint")
+    return found
+
+
+def _states(config: RunConfig, run: RunDir) -> list[StageState]:
+    """The recipe's stages with what stages.json knows of them."""
+    known = {state.name: state for state in run.read_stages()}
+    states = []
+    for stage in config.stage:
+        fresh = StageState(name=stage.name, kind=stage.kind, steps=getattr(stage, "steps", 0))
+        old = known.get(stage.name)
+        states.append(old if old is not None and old.kind == stage.kind else fresh)
+    return states
+
+
+def _attempt(run: RunDir) -> int:
+    """Which start of this run this is; the launcher has made the log folder already."""
+    found = [p.name.removeprefix("attempt-") for p in (run.path / "logs").glob("attempt-*")]
+    return max((int(n) for n in found if n.isdigit()), default=1)

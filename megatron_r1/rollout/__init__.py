@@ -1,0 +1,1 @@
+"""Sampling: the RolloutEngine protocol and its engines."""

@@ -1,0 +1,75 @@
+"""Evaluation on held-out problems: pass@1, cons@k and pass@k from k samples a problem.
+
+DeepSeek-R1 (arXiv 2501.12948), section 3: k samples at temperature 0.6 and top-p 0.95; pass@1 is their mean accuracy,
+cons@k the accuracy of the majority vote. pass@k is the unbiased estimator of Chen et al. (arXiv 2107.03374).
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+
+from megatron_r1.algorithms.pass_at_k import cons_at_k, pass_at_1, pass_at_k
+from megatron_r1.config.data import RewardConfig
+from megatron_r1.config.run import EvalStage
+from megatron_r1.data.corpus import classify_style
+from megatron_r1.data.cursor import epoch_order
+from megatron_r1.data.prompts import open_prompts
+from megatron_r1.data.tokenizers import Tokenizer
+from megatron_r1.parallel.world import World
+from megatron_r1.rewards.mixer import Scorer
+from megatron_r1.rewards.workers import VerifierPool
+from megatron_r1.rollout.engine import Progress, RolloutEngine
+from megatron_r1.types import Group, Prompt
+
+
+def heldout_prompts(stage: EvalStage, tokenizer: Tokenizer) -> list[Prompt]:
+    """The problems of an evaluation stage: the first of its source, in the order of its seed when shuffled."""
+    source = open_prompts(stage.prompts, tokenizer)
+    seed = stage.prompts.seed if stage.prompts.shuffle else None
+    order = epoch_order(len(source), seed, epoch=0)
+    return [source[i] for i in order[: stage.problems]]
+
+
+def evaluate(
+    stage: EvalStage,
+    tokenizer: Tokenizer,
+    engine: RolloutEngine,
+    world: World,
+    seed: int,
+    progress: Progress | None = None,
+) -> tuple[dict[str, float], dict[str, int], list[Group]]:
+    """Sample and judge; returns (metrics, completions by style, scored groups), equal on all ranks. Collective."""
+    prompts = heldout_prompts(stage, tokenizer)
+    # Every replica decodes equally many problems, as shared experts ask; a repeated one is judged once.
+    share = -(-len(prompts) // world.data_size)
+    mine = [prompts[(world.data_rank + i * world.data_size) % len(prompts)] for i in range(share)]
+    completions = engine.generate(mine, stage.k, stage.sampling, seed, progress)
+    groups = [Group(prompt=p, completions=c) for p, c in zip(mine, completions, strict=True)]
+    if world.is_leader:
+        rewards = [RewardConfig(kind="accuracy", deadline=stage.deadline), RewardConfig(kind="format")]
+        with VerifierPool(stage.verifier_workers) as pool:
+            Scorer(rewards, pool).score_groups(groups)
+    found = {g.prompt.id: g for part in world.all_gather_replicas(world.broadcast_in_replica(groups)) for g in part}
+    judged = [found[prompt.id] for prompt in prompts]
+    styles = Counter(classify_style(c.text) for group in judged for c in group.completions)
+    return evaluation_metrics(judged, stage.k), dict(styles), judged
+
+
+def evaluation_metrics(groups: list[Group], k: int) -> dict[str, float]:
+    """pass@1, cons@k, pass@k and the shape of the completions; every completion must have been scored."""
+    scores = [[c.score for c in group.completions if c.score is not None] for group in groups]
+    correct = [[score.verdict.status == "correct" for score in row] for row in scores]
+    answers = [[score.verdict.extracted for score in row] for row in scores]
+    flat = [score for row in scores for score in row]
+    completions = [c for group in groups for c in group.completions]
+    return {
+        "eval/pass_at_1": pass_at_1(correct),
+        "eval/cons_at_k": cons_at_k(answers, correct, k),
+        "eval/pass_at_k": sum(pass_at_k(len(row), sum(row), k) for row in correct) / len(correct),
+        "eval/format": sum(score.parts["format"] for score in flat) / len(flat),
+        "eval/truncated": sum(c.finish_reason == "length" for c in completions) / len(completions),
+        "eval/unknown": sum(score.verdict.status == "unknown" for score in flat) / len(flat),
+        "eval/length": sum(len(c.token_ids) for c in completions) / len(completions),
+        "eval/k": float(k),
+        "eval/problems": float(len(groups)),
+    }

@@ -1,0 +1,61 @@
+"""Pre-training on generated documents: makes the base model that reinforcement learning starts from.
+
+The loop: batch -> optimizer step -> metrics -> checkpoint.
+"""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+
+from megatron_r1.config.run import PretrainStage
+from megatron_r1.data.batching import make_micro_batches
+from megatron_r1.data.text_batches import TextBatches
+from megatron_r1.train.context import RunContext
+from megatron_r1.train.log_probs import length_multiple
+from megatron_r1.train.loop import StageLoop
+from megatron_r1.train.objectives import LanguageModelObjective
+from megatron_r1.train.trainer import Trainer
+
+
+def pretrain(stage: PretrainStage, context: RunContext, start: Path | None) -> dict[str, float]:
+    """Run or resume the stage; returns its closing metrics. Collective.
+
+    start: checkpoint whose weights it begins with; None: fresh ones.
+    """
+    world, tokenizer = context.world, context.tokenizer
+    trainer = Trainer(
+        context.arch, context.config.model, world, stage.optimizer, stage.steps, mtp_loss=stage.mtp_loss
+    )
+    batches = TextBatches(
+        stage.corpus, tokenizer, batch_tokens=stage.batch_tokens, steps=stage.steps, seed=context.config.seed,
+        exclude=context.heldout,
+    )
+    with StageLoop(stage, context, trainer) as loop:
+        state = loop.resume(start)
+        if state is not None:
+            batches.restore(state["batches"])
+        while trainer.step < stage.steps:
+            began = time.monotonic()
+            samples = batches.take(trainer.step)
+            shards = make_micro_batches(
+                samples, max_tokens=stage.micro_batch_tokens, pad_id=tokenizer.pad_id,
+                multiple_of=length_multiple(world), shards=world.data_size,
+            )
+            mine = [batch.to(world.device) for batch in shards[world.data_rank]]
+            result = trainer.train_step(mine, LanguageModelObjective())
+            loop.check_finite(result, samples)
+            seconds = time.monotonic() - began
+            tokens = sum(len(sample.token_ids) for sample in samples)
+            loop.log(
+                {
+                    "loss/lm": result.sums["nll"] / max(1.0, result.sums["tokens"]),
+                    "optim/grad_norm": result.grad_norm,
+                    "optim/lr": result.lr,
+                    "train/tokens": float(tokens),
+                    "train/tokens_per_second": tokens / seconds,
+                    "time/step": seconds,
+                }
+            )
+            loop.end_of_step(lambda: {"batches": batches.state()})
+        return loop.closing

@@ -1,0 +1,46 @@
+"""The KL reference: an older copy of the policy, kept in host memory and swapped in for its log-prob pass."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+
+
+class Reference:
+    """A copy of the models' parameters and persistent buffers (the expert bias among them)."""
+
+    def __init__(self, models: list[torch.nn.Module], step: int) -> None:
+        self.models = models
+        self.weights = [tensor.detach().to("cpu", copy=True) for tensor in self._tensors()]
+        self.step = step  # optimizer step at which the copy was taken
+
+    def _tensors(self) -> list[torch.Tensor]:
+        found: list[torch.Tensor] = []
+        for model in self.models:
+            state = model.state_dict(keep_vars=True)
+            found += [value for value in state.values() if isinstance(value, torch.Tensor)]
+        return found
+
+    @torch.no_grad()
+    def replace(self, step: int) -> None:
+        """The current policy becomes the reference (R1: every 400 steps)."""
+        for kept, tensor in zip(self.weights, self._tensors(), strict=True):
+            kept.copy_(tensor)
+        self.step = step
+
+    @contextmanager
+    def swapped_in(self) -> Iterator[None]:
+        """Inside the block the models hold the reference weights; afterwards their own, to the bit."""
+        with torch.no_grad():
+            tensors = self._tensors()
+            policy = [tensor.clone() for tensor in tensors]
+            for tensor, kept in zip(tensors, self.weights, strict=True):
+                tensor.copy_(kept)
+        try:
+            yield
+        finally:
+            with torch.no_grad():
+                for tensor, own in zip(tensors, policy, strict=True):
+                    tensor.copy_(own)

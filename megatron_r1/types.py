@@ -1,0 +1,102 @@
+"""What flows between the rooms: Prompt -> Completion (with its Score) -> Group -> Sample.
+
+Every list marked [T] is aligned with `Completion.token_ids`. A group is an object, never a reshape of a flat
+list, so uneven or failed groups stay correct by construction. Nothing here imports torch: a `Sample` becomes
+tensors only in `data/batching.py`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+FinishReason = Literal["stop", "length", "abort"]
+VerdictStatus = Literal["correct", "wrong", "unknown"]
+
+
+@dataclass(kw_only=True, slots=True)
+class Prompt:
+    """One question put to the policy.
+
+    Example: Prompt(id="chain_sum:17", question="5-6+9=?", text="5-6+9=?", token_ids=[...], answer="8",
+    verifier="integer", metadata={"terms": 3}).
+    """
+
+    id: str  # stable across runs: "<source>:<index>"; held-out checks and resume rely on it
+    question: str  # the raw question, before the template
+    text: str  # what the model is given, template applied
+    token_ids: list[int]  # `text` as the tokenizer sees it, never empty
+    answer: str | None  # the reference answer; None where only a verifier knows
+    verifier: str  # key in `rewards.accuracy.VERIFIERS`
+    metadata: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(kw_only=True, slots=True)
+class Verdict:
+    """What a verifier says of one completion; `unknown` is never silently counted as wrong."""
+
+    status: VerdictStatus
+    extracted: str | None = None  # the answer as read from the completion; majority votes count these
+    detail: str = ""  # why it is unknown: "deadline 1.0 s", "ValueError: ..."
+
+
+@dataclass(kw_only=True, slots=True)
+class Score:
+    """The reward of one completion with its breakdown.
+
+    Example: Score(total=1.5, parts={"accuracy": 1.0, "format": 0.5}, verdict=Verdict(status="correct")).
+    `parts` holds the weighted contributions, so that sum(parts.values()) == total.
+    """
+
+    total: float
+    parts: dict[str, float]
+    verdict: Verdict
+
+
+@dataclass(kw_only=True, slots=True)
+class Completion:
+    """One sampled answer. Example: Completion(token_ids=[7, 9, 1], log_probs=[-0.1, -2.3, -0.0], ...)."""
+
+    token_ids: list[int]  # [T]; ends with the end-of-sequence id exactly when finish_reason == "stop" by that id
+    log_probs: list[float]  # [T] natural log, under the distribution really sampled from (temperature, top-p, top-k)
+    finish_reason: FinishReason
+    weight_versions: tuple[int, int]  # (oldest, newest) policy version that sampled its tokens
+    text: str  # decoded, without the end-of-sequence token
+    score: Score | None = None  # None until the rewards have run
+
+
+@dataclass(kw_only=True, slots=True)
+class Group:
+    """All completions of one prompt: the unit over which GRPO compares."""
+
+    prompt: Prompt
+    completions: list[Completion]
+
+    @property
+    def rewards(self) -> list[float]:
+        """[G] total rewards; every completion must have been scored."""
+        scores = [c.score for c in self.completions]
+        if any(s is None for s in scores):
+            raise ValueError(f"group {self.prompt.id} has completions without a score")
+        return [s.total for s in scores if s is not None]
+
+
+@dataclass(kw_only=True, slots=True)
+class Sample:
+    """One training sequence: prompt and response, with what the loss needs at each response token.
+
+    `log_probs` lists are aligned with the response, i.e. with token_ids[prompt_length:], length T.
+    """
+
+    token_ids: list[int]  # [P + T]
+    prompt_length: int  # P >= 1
+    advantage: float = 0.0
+    rollout_log_probs: list[float] | None = None  # [T] of the engine that sampled it
+    old_log_probs: list[float] | None = None  # [T] of the policy at the start of the phase, by the trainer
+    reference_log_probs: list[float] | None = None  # [T] of the KL reference
+    loss_mask: list[int] | None = None  # [P + T], 1 where a token is learned; None: exactly the response
+
+    @property
+    def response_length(self) -> int:
+        """T, the number of response tokens."""
+        return len(self.token_ids) - self.prompt_length

@@ -1,0 +1,93 @@
+"""What departs from the paper is listed, and nothing else."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from megatron_r1.config.departures import Departure, departures
+from megatron_r1.config.load import load
+from tests.unit.config.recipes import MINIMAL, write
+
+
+def found(folder: Path, *overrides: str) -> dict[str, tuple[str, str]]:
+    return {d.key: (d.paper, d.here) for d in departures(load(write(folder), list(overrides)))}
+
+
+def test_the_papers_recipe_departs_in_nothing(tmp_path: Path) -> None:
+    assert found(tmp_path) == {}
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "paper", "here"),
+    [
+        ("optimizer.lr", "1e-3", "3e-06", "0.001"),
+        ("grpo.loss.kl_coefficient", "0.01", "0.001", "0.01"),
+        ("grpo.loss.clip_high", "0.28", "10", "0.28"),
+        ("grpo.group_size", "8", "16", "8"),
+        ("grpo.prompts", "64", "512", "64"),
+        ("grpo.minibatches", "4", "16", "4"),
+        ("grpo.epochs", "2", "1", "2"),
+        ("grpo.loss.reference_every", "0", "400", "0"),
+        ("grpo.loss.aggregation", "token-mean", "sequence-mean", "token-mean"),
+        ("grpo.loss.dual_clip", "3.0", "none", "3"),
+        ("grpo.loss.ratio", "sequence", "token", "sequence"),
+        ("grpo.advantage.scale", "none", "std", "none"),
+        ("grpo.no_signal", "drop", "keep", "drop"),
+        (
+            "grpo.overlong",
+            "{max_length=10,buffer=2}",
+            "none",
+            "max_length = 10, buffer = 2, factor = 1",
+        ),
+        ("sampling.temperature", "0.7", "1", "0.7"),
+        ("sampling.top_p", "0.9", "1", "0.9"),
+        ("sampling.top_k", "50", "0", "50"),
+        ("sampling.max_new_tokens", "64", "32768", "64"),
+        ("sampling.stop", "['x']", "none", "['x']"),
+        ("prompts.template", "plain", "r1-zero", "plain"),
+    ],
+)
+def test_one_departure_at_a_time(
+    tmp_path: Path, key: str, value: str, paper: str, here: str
+) -> None:
+    assert found(tmp_path, f"stage.1.{key}={value}") == {f"stage.r1.zero.{key}": (paper, here)}
+
+
+def test_clip_low_moves_both_sides(tmp_path: Path) -> None:
+    assert set(found(tmp_path, "stage.1.grpo.loss.clip_low=0.2")) == {
+        "stage.r1.zero.grpo.loss.clip_low",
+        "stage.r1.zero.grpo.loss.clip_high",
+    }
+
+
+def test_a_kl_term_that_is_off_is_one_departure(tmp_path: Path) -> None:
+    off = found(tmp_path, "stage.1.grpo.loss.kl=none", "stage.1.grpo.loss.reference_every=0")
+    assert off == {"stage.r1.zero.grpo.loss.kl": ("k3", "none")}
+    zero = found(
+        tmp_path, "stage.1.grpo.loss.kl_coefficient=0.0", "stage.1.grpo.loss.reference_every=0"
+    )
+    assert zero == {"stage.r1.zero.grpo.loss.kl_coefficient": ("0.001", "0")}
+
+
+def test_only_the_proportion_of_the_reward_weights_matters(tmp_path: Path) -> None:
+    both = [f"stage.1.reward.{i}.weight=0.5" for i in (0, 1)]
+    assert found(tmp_path, *both) == {}
+    assert found(tmp_path, both[1]) == {
+        "stage.r1.zero.reward": ("accuracy x 1, format x 1", "accuracy x 1, format x 0.5")
+    }
+    alone = MINIMAL.replace('[[stage.reward]]\nkind = "format"\n', "")
+    path = write(tmp_path, alone, "alone.toml")
+    assert [d.here for d in departures(load(path))] == ["accuracy x 1"]
+
+
+def test_evaluation_is_compared_with_the_papers_evaluation(tmp_path: Path) -> None:
+    assert found(tmp_path, "stage.final.sampling.temperature=1.0") == {
+        "stage.final.sampling.temperature": ("0.6", "1")
+    }
+
+
+def test_a_departure_reads_as_a_sentence() -> None:
+    departure = Departure(key="stage.a.optimizer.lr", paper="3e-06", here="0.001", why="reason")
+    assert str(departure) == "stage.a.optimizer.lr: 0.001 (paper: 3e-06; reason)"
