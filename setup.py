@@ -16,7 +16,8 @@ README = HERE / "README.md"
 
 REQUIRES = [
     "torch>=2.6,<2.15",
-    "megatron-core==0.16.1",  # the newest that supports Python 3.11; the CPU backend is written against it
+    # The newest that supports Python 3.11; the CPU backend is written against it.
+    "megatron-core==0.16.1",
     "transformers>=4.57,<6",
     "tokenizers>=0.22,<1",
     "datasets>=4,<6",
@@ -25,7 +26,8 @@ REQUIRES = [
     "pydantic>=2.10,<3",
     "tomli-w>=1.1,<2",
     "psutil>=6,<8",  # Megatron's checkpoint writer hangs without it
-    "math-verify[antlr4_13_2]>=0.9,<0.10",  # its LaTeX parser cannot be imported without an ANTLR runtime
+    # Its LaTeX parser cannot be imported without an ANTLR runtime.
+    "math-verify[antlr4_13_2]>=0.9,<0.10",
     "rich>=13,<16",
     "numpy>=1.26,<3",
     "safetensors>=0.5,<1",

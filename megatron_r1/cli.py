@@ -29,16 +29,16 @@ examples:
   megatron-r1 config | less                                  every configuration key and its default
 """
 RUN_EXAMPLES = """\
-A recipe is a TOML file: the model, the layout, and the stages to run in order. `key=value` replaces any of
-its keys; a stage is addressed by its name or its index, and values have TOML syntax.
+A recipe is a TOML file: the model, the layout, and the stages to run in order. `key=value`
+replaces any of its keys; a stage is addressed by its name or its index, and values have TOML syntax.
 
-A run directory holds everything a run makes. Running the same recipe again goes on where it stopped: stages
-that are done are skipped, a stage that was interrupted resumes from its last checkpoint.
+A run directory holds everything a run makes. Running the same recipe again goes on where it
+stopped: stages that are done are skipped, a stage that was interrupted resumes from its last checkpoint.
 
 examples:
   megatron-r1 run recipe.toml
   megatron-r1 run recipe.toml seed=7 stage.r1-zero.grpo.prompts=16 stage.0.steps=10
-  megatron-r1 run recipe.toml --nproc 4 parallel.tensor=2     4 processes on this machine, TP 2 x DP 2
+  megatron-r1 run recipe.toml --nproc 4 parallel.tensor=2     4 processes here, TP 2 x DP 2
   megatron-r1 run recipe.toml --run-dir /scratch/me/run-7
   torchrun --nnodes 2 --nproc-per-node 8 -m megatron_r1.cli run recipe.toml
   srun --ntasks 16 megatron-r1 run recipe.toml                each task is one rank
@@ -93,7 +93,8 @@ def _parser() -> argparse.ArgumentParser:
     report = verbs.add_parser(
         "report",
         help="write report.html into a run directory",
-        description="Write one self-contained HTML page about a run, finished or not; no server is needed to read it.",
+        description="Write one self-contained HTML page about a run, finished or not. "
+        "No server is needed to read it.",
         epilog="example:\n  megatron-r1 report runs/quickstart",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
@@ -130,7 +131,7 @@ def _add_run(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> None
         "--nproc",
         type=_positive,
         metavar="N",
-        help="processes to start on this machine (default: what the recipe's [parallel] table asks for)",
+        help="processes to start here (default: what the recipe's [parallel] table asks for)",
     )
     run.add_argument(
         "--run-dir", type=Path, metavar="DIR", help="where the run lives (default: runs/<name>)"
@@ -138,7 +139,8 @@ def _add_run(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> None
     run.add_argument(
         "--dry-run",
         action="store_true",
-        help="check everything, print the resolved recipe, its departures from the paper and the layout; start nothing",
+        help="check everything, print the resolved recipe, its departures from the paper and "
+        "the layout; start nothing",
     )
     run.set_defaults(command=_run)
 

@@ -29,7 +29,8 @@ A recipe is a TOML file. Unknown keys are refused. Any key can be overridden on 
 
     megatron-r1 run recipe.toml seed=7 stage.r1-zero.grpo.prompts=16 stage.0.steps=10
 
-Relative paths in a file are relative to that file, those on the command line to the working directory.
+Relative paths in a file are relative to that file, those on the command line to the working
+directory.
 `megatron-r1 run recipe.toml --dry-run` prints every key as it was understood.
 """
 

@@ -245,7 +245,8 @@ def test_config_and_cli_load_no_torch() -> None:
         for path in python_files("megatron_r1/config")
         if path.stem != "__init__"
     ]
-    code = f"import sys\nfor name in {['megatron_r1.cli', 'megatron_r1.types', *names]!r}: __import__(name)\n"
+    modules = ["megatron_r1.cli", "megatron_r1.types", *names]
+    code = f"import sys\nfor name in {modules!r}: __import__(name)\n"
     code += "print(sorted({'torch', 'megatron', 'numpy', 'transformers'} & set(sys.modules)))"
     shown = subprocess.run(
         [sys.executable, "-c", code],

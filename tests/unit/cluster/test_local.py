@@ -163,7 +163,11 @@ def test_a_stop_signal_reaches_every_rank_once(tmp_path: Path, number: signal.Si
 
 
 def test_a_second_signal_kills_at_once(tmp_path: Path) -> None:
-    deaf = "signal.signal(signal.SIGTERM, lambda *_: mark('deaf')); mark('ready')\nwhile True: time.sleep(0.02)"
+    deaf = """
+    signal.signal(signal.SIGTERM, lambda *_: mark("deaf"))
+    mark("ready")
+    while True: time.sleep(0.02)
+    """
     running = parent(tmp_path, script(tmp_path, deaf), 2)
     wait_for(lambda: marked(tmp_path, "0.ready", "1.ready"), "the ranks")
     running.terminate()
