@@ -30,10 +30,12 @@ examples:
 """
 RUN_EXAMPLES = """\
 A recipe is a TOML file: the model, the layout, and the stages to run in order. `key=value`
-replaces any of its keys; a stage is addressed by its name or its index, and values have TOML syntax.
+replaces any of its keys; a stage is addressed by its name or its index, and values have TOML
+syntax.
 
 A run directory holds everything a run makes. Running the same recipe again goes on where it
-stopped: stages that are done are skipped, a stage that was interrupted resumes from its last checkpoint.
+stopped: stages that are done are skipped, a stage that was interrupted resumes from its last
+checkpoint.
 
 examples:
   megatron-r1 run recipe.toml
@@ -93,14 +95,11 @@ def _parser() -> argparse.ArgumentParser:
     report = verbs.add_parser(
         "report",
         help="write report.html into a run directory",
-        description="Write one self-contained HTML page about a run, finished or not. "
-        "No server is needed to read it.",
+        description="Write one self-contained HTML page about a run, finished or not. No server is needed to read it.",
         epilog="example:\n  megatron-r1 report runs/quickstart",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    report.add_argument(
-        "run", type=Path, metavar="RUN", help="a run directory, e.g. runs/quickstart"
-    )
+    report.add_argument("run", type=Path, metavar="RUN", help="a run directory, e.g. runs/quickstart")
     report.set_defaults(command=_report)
 
     config = verbs.add_parser(
@@ -124,23 +123,18 @@ def _add_run(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> None
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     run.add_argument("recipe", type=Path, metavar="RECIPE", help="the TOML file")
-    run.add_argument(
-        "overrides", nargs="*", metavar="key=value", help="replace keys of the recipe, e.g. seed=7"
-    )
+    run.add_argument("overrides", nargs="*", metavar="key=value", help="replace keys of the recipe, e.g. seed=7")
     run.add_argument(
         "--nproc",
         type=_positive,
         metavar="N",
         help="processes to start here (default: what the recipe's [parallel] table asks for)",
     )
-    run.add_argument(
-        "--run-dir", type=Path, metavar="DIR", help="where the run lives (default: runs/<name>)"
-    )
+    run.add_argument("--run-dir", type=Path, metavar="DIR", help="where the run lives (default: runs/<name>)")
     run.add_argument(
         "--dry-run",
         action="store_true",
-        help="check everything, print the resolved recipe, its departures from the paper and "
-        "the layout; start nothing",
+        help="check everything, print the resolved recipe, its departures from the paper and the layout; start nothing",
     )
     run.set_defaults(command=_run)
 
@@ -161,13 +155,8 @@ def _run(arguments: argparse.Namespace) -> int:
     variables = rank_variables(os.environ)
     config = load(arguments.recipe, arguments.overrides)
     if variables is not None and arguments.nproc is not None:
-        raise UserError(
-            "--nproc starts processes, but this process is already a rank (RANK is set); leave it "
-            "out"
-        )
-    world = (
-        int(variables["WORLD_SIZE"]) if variables else arguments.nproc or config.parallel.world_size
-    )
+        raise UserError("--nproc starts processes, but this process is already a rank (RANK is set); leave it out")
+    world = int(variables["WORLD_SIZE"]) if variables else arguments.nproc or config.parallel.world_size
     check_world(config.parallel, world)
     preflight(config)
     run_dir = (arguments.run_dir or Path("runs") / config.name).resolve()
@@ -178,9 +167,7 @@ def _run(arguments: argparse.Namespace) -> int:
         _write_files(arguments.recipe, config, run_dir)
         return _start_ranks(config, world, run_dir)
     os.environ.update(variables)
-    own = (
-        arguments.recipe.resolve() == run_dir / "resolved.toml"
-    )  # our launcher's rank: the parent has written them
+    own = arguments.recipe.resolve() == run_dir / "resolved.toml"  # our launcher's rank: the parent has written them
     if variables["RANK"] == "0" and not own:
         _write_files(arguments.recipe, config, run_dir)
     from megatron_r1.pipeline import worker
@@ -215,14 +202,10 @@ def _write_files(recipe: Path, config: RunConfig, run_dir: Path) -> None:
 
     run = RunDir(run_dir)
     found = departures(config)
-    if (
-        recipe.resolve() != run.resolved
-    ):  # else a run is continued from its resolved recipe: keep the first one
+    if recipe.resolve() != run.resolved:  # else a run is continued from its resolved recipe: keep the first one
         write_text(run.recipe, recipe.read_text(encoding="utf-8"))
     write_text(run.resolved, dump(config))
-    run.write_departures(
-        [Departure(key=d.key, paper=d.paper, here=d.here, why=d.why) for d in found]
-    )
+    run.write_departures([Departure(key=d.key, paper=d.paper, here=d.here, why=d.why) for d in found])
     print(f"run directory: {run_dir}")
     print("departures from the paper's R1-Zero:", "" if found else "none")
     for item in found:
@@ -237,9 +220,7 @@ def _start_ranks(config: RunConfig, world: int, run_dir: Path) -> int:
     logs = StageDir(run_dir)
     command = [sys.executable, "-m", "megatron_r1.cli", "run", str(RunDir(run_dir).resolved)]
     environment = {**os.environ, "OMP_NUM_THREADS": str(config.threads)}
-    status = launch(
-        [*command, "--run-dir", str(run_dir)], world, logs.log_dir(logs.next_attempt()), environment
-    )
+    status = launch([*command, "--run-dir", str(run_dir)], world, logs.log_dir(logs.next_attempt()), environment)
     if status > 128:
         again = shlex.join(["megatron-r1", *command[3:], "--run-dir", str(run_dir)])
         print(f"megatron-r1: stopped; to go on from the last checkpoint: {again}", file=sys.stderr)

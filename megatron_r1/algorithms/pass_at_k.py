@@ -56,9 +56,7 @@ def majority_vote(answers: Sequence[str | None]) -> str | None:
     return votes.most_common(1)[0][0] if votes else None
 
 
-def cons_at_k(
-    answers: Sequence[Sequence[str | None]], correct: Sequence[Sequence[bool]], k: int
-) -> float:
+def cons_at_k(answers: Sequence[Sequence[str | None]], correct: Sequence[Sequence[bool]], k: int) -> float:
     """Share of problems whose majority answer over the first k samples is correct, in [0, 1].
 
     A majority answer is correct if some sample that gave it was judged so: equal answers deserve

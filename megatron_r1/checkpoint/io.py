@@ -27,9 +27,7 @@ from megatron_r1.train.trainer import Trainer
 _REFERENCE = "reference."
 
 
-def save(
-    root: Path, trainer: Trainer, loop: dict[str, Any], reference: Reference | None, *, keep: int
-) -> Path:
+def save(root: Path, trainer: Trainer, loop: dict[str, Any], reference: Reference | None, *, keep: int) -> Path:
     """Write the checkpoint of trainer.step under `root`; all or nothing. Collective.
 
     `loop` must be equal on all ranks and hold plain Python values and tensors.
@@ -59,7 +57,6 @@ def save(
 def load(path: Path, trainer: Trainer, reference: Reference | None) -> dict[str, Any]:
     """Restore everything that `save` wrote and return the loop's state. Collective."""
     folders.check(path)
-    _materialise_adam_state(trainer.optimizer)
     state = _sharded_state(trainer, reference, loading=True)
     if _saved_layout(path) != _layout(trainer.world):
         state.pop("rng")  # generators belong to ranks; another layout goes on with its own
@@ -87,6 +84,7 @@ def load_weights(path: Path, trainer: Trainer) -> None:
 
 
 def _sharded_state(trainer: Trainer, reference: Reference | None, *, loading: bool) -> dict[str, Any]:
+    _materialise_adam_state(trainer)
     models = _model_state(trainer)
     metadata = _metadata(trainer.world)
     state: dict[str, Any] = {
@@ -163,16 +161,23 @@ def _layout(world: World) -> list[int]:
     return [*sizes, world.data_size]
 
 
-def _materialise_adam_state(optimizer: Any) -> None:
-    """torch's AdamW has no state before its first step, and Megatron's loading asserts that there is some."""
+def _materialise_adam_state(trainer: Trainer) -> None:
+    """Give every parameter Adam state, and an optimizer without parameters the step count.
+
+    torch's AdamW has no state before its first step, and a pipeline stage without experts has an expert optimizer
+    without parameters; Megatron's state_dict asserts that it finds exactly one step count in either.
+    """
+    optimizer = trainer.optimizer
     for part in getattr(optimizer, "chained_optimizers", [optimizer]):
-        for group in part.optimizer.param_groups:
-            for parameter in group["params"]:
-                state = part.optimizer.state[parameter]
-                if not state:
-                    state["step"] = torch.tensor(1.0)
-                    state["exp_avg"] = torch.zeros_like(parameter)
-                    state["exp_avg_sq"] = torch.zeros_like(parameter)
+        parameters = [p for group in part.optimizer.param_groups for p in group["params"]]
+        for parameter in parameters:
+            state = part.optimizer.state[parameter]
+            if not state:
+                state["step"] = torch.tensor(float(trainer.step))
+                state["exp_avg"] = torch.zeros_like(parameter)
+                state["exp_avg_sq"] = torch.zeros_like(parameter)
+        if not parameters:
+            part.optimizer.state["no parameters"] = {"step": torch.tensor(float(trainer.step))}
 
 
 def _attempt(action: Any) -> Any:

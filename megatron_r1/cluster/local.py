@@ -110,10 +110,7 @@ def _install(stop: _Stop) -> dict[int, signal._HANDLER]:
     """Take over the stop signals; only the main thread may."""
     if threading.current_thread() is not threading.main_thread():
         return {}
-    return {
-        number: signal.signal(number, stop) or signal.SIG_DFL
-        for number in (signal.SIGTERM, signal.SIGINT)
-    }
+    return {number: signal.signal(number, stop) or signal.SIG_DFL for number in (signal.SIGTERM, signal.SIGINT)}
 
 
 def _start(command: Sequence[str], number: int, world: Mapping[str, str], log_dir: Path) -> _Rank:
@@ -163,8 +160,7 @@ def _watch(ranks: list[_Rank], stop: _Stop, grace: float, patience: float, error
                 names = ", ".join(str(rank.number) for rank in alive)
                 _say(
                     errors,
-                    f"rank(s) {names} did not end within the deadline after the stop signal: "
-                    f"killed",
+                    f"rank(s) {names} did not end within the deadline after the stop signal: killed",
                 )
             _kill(alive)
             break
@@ -172,9 +168,7 @@ def _watch(ranks: list[_Rank], stop: _Stop, grace: float, patience: float, error
     return _status(ranks, failed, stop, errors)
 
 
-def _pass_on(
-    alive: list[_Rank], stop: _Stop, deadline: float | None, patience: float, errors: TextIO
-) -> float:
+def _pass_on(alive: list[_Rank], stop: _Stop, deadline: float | None, patience: float, errors: TextIO) -> float:
     """First stop signal: ask every rank to save and end. Second: kill. Returns the deadline."""
     name = signal.Signals(stop.signals[-1]).name
     if len(stop.signals) > 1:
@@ -192,11 +186,7 @@ def _status(ranks: list[_Rank], failed: list[_Rank], stop: _Stop, errors: TextIO
     if stop.signals:
         # A rank that had no handler yet dies of the SIGTERM itself, a late one of our SIGKILL: both
         # are the stop.
-        broken = [
-            rank
-            for rank in failed
-            if rank.process.returncode not in (-signal.SIGTERM, -signal.SIGKILL)
-        ]
+        broken = [rank for rank in failed if rank.process.returncode not in (-signal.SIGTERM, -signal.SIGKILL)]
         for rank in broken:
             _report(rank, len(ranks), errors)
         return _code(broken[0]) if broken else 128 + stop.signals[0]

@@ -111,9 +111,7 @@ def _compare(
         if key in skip or given == value:
             continue
         spelled = ".".join([*tables, SPELLED.get(last, last)])
-        yield Departure(
-            key=f"stage.{stage.name}.{spelled}", paper=_spell(value), here=_spell(given), why=why
-        )
+        yield Departure(key=f"stage.{stage.name}.{spelled}", paper=_spell(value), here=_spell(given), why=why)
     sampling: SamplingConfig = stage.sampling
     if sampling.stop:
         why = "only the end-of-sequence token ends a completion"
@@ -132,11 +130,7 @@ def _rewards(stage: GrpoStage) -> Iterator[Departure]:
     weights: dict[str, float] = {}
     for reward in stage.reward:
         weights[reward.kind] = weights.get(reward.kind, 0.0) + reward.weight
-    if (
-        set(weights) != {"accuracy", "format"}
-        or len(set(weights.values())) != 1
-        or min(weights.values()) <= 0
-    ):
+    if set(weights) != {"accuracy", "format"} or len(set(weights.values())) != 1 or min(weights.values()) <= 0:
         yield Departure(
             key=f"stage.{stage.name}.reward",
             paper="accuracy x 1, format x 1",

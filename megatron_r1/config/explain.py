@@ -41,9 +41,7 @@ BOUNDS = {
 }
 
 
-def explain(
-    error: ValidationError, root: type[BaseModel], raw: Mapping[str, Any]
-) -> list[tuple[Location, str]]:
+def explain(error: ValidationError, root: type[BaseModel], raw: Mapping[str, Any]) -> list[tuple[Location, str]]:
     """Every mistake as (location in the raw data, message). Locations name list elements by
     index.
     """
@@ -65,16 +63,12 @@ def key_name(location: Location, raw: Mapping[str, Any]) -> str:
             node = node[part]
         except (KeyError, IndexError, TypeError):
             node = None
-        named = (
-            isinstance(part, int) and isinstance(node, dict) and isinstance(node.get("name"), str)
-        )
+        named = isinstance(part, int) and isinstance(node, dict) and isinstance(node.get("name"), str)
         parts.append(node["name"] if named else str(part))
     return ".".join(parts)
 
 
-def locate(
-    loc: tuple[int | str, ...], root: type[BaseModel]
-) -> tuple[Location, type[BaseModel] | None]:
+def locate(loc: tuple[int | str, ...], root: type[BaseModel]) -> tuple[Location, type[BaseModel] | None]:
     """Split pydantic's location into ours and the table class that holds its last key.
 
     Pydantic inserts the tag of a discriminated union (`stage`, 0, `grpo`, ...), which is no key of

@@ -79,15 +79,11 @@ def _read(path: Path) -> dict[str, Any]:
     except FileNotFoundError as error:
         raise UserError(_not_found(path)) from error
     except IsADirectoryError as error:
-        raise UserError(
-            f"{path} is a folder; name the recipe file in it, e.g. {path / 'recipe.toml'}"
-        ) from error
+        raise UserError(f"{path} is a folder; name the recipe file in it, e.g. {path / 'recipe.toml'}") from error
     except OSError as error:
         raise UserError(f"{path} cannot be read: {error.strerror}") from error
     except UnicodeDecodeError as error:
-        raise UserError(
-            f"{path} is not UTF-8 text ({error.reason} at byte {error.start}); TOML must be"
-        ) from error
+        raise UserError(f"{path} is not UTF-8 text ({error.reason} at byte {error.start}); TOML must be") from error
     try:
         return tomllib.loads(text)
     except tomllib.TOMLDecodeError as error:
@@ -101,15 +97,11 @@ def _not_found(path: Path) -> str:
     if not folder.is_dir():
         return f"{path} does not exist, nor does its folder; the working directory is {Path.cwd()}"
     present = sorted(entry.name for entry in folder.glob("*.toml"))
-    there = (
-        f"TOML files there: {', '.join(present)}" if present else "there are no TOML files there"
-    )
+    there = f"TOML files there: {', '.join(present)}" if present else "there are no TOML files there"
     return f"{path} does not exist{nearest(path.name, present)} ({there})"
 
 
-def _lines(
-    path: Path, raw: Mapping[str, Any], overridden: list[Location], error: ValidationError
-) -> list[str]:
+def _lines(path: Path, raw: Mapping[str, Any], overridden: list[Location], error: ValidationError) -> list[str]:
     lines = []
     for location, message in explain(error, RunConfig, raw):
         origin = "command line" if _from_command_line(location, overridden) else path.name
@@ -142,9 +134,7 @@ def _anchor(path: Path, location: Location, base: Path, overridden: list[Locatio
     return Path(os.path.normpath(root / path.expanduser()))
 
 
-def _origins(
-    config: RunConfig, path: Path, overridden: list[Location]
-) -> tuple[RunConfig, list[str]]:
+def _origins(config: RunConfig, path: Path, overridden: list[Location]) -> tuple[RunConfig, list[str]]:
     """Check each stage's `from`: an earlier stage, or a folder, which becomes absolute."""
     problems: list[str] = []
     stages = []

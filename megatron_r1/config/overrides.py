@@ -69,18 +69,14 @@ def _descend(raw: dict[str, Any], key: str) -> tuple[Any, Location]:
             index, rest = _element(node, rest, location)
             location = (*location, index)
             if not rest:
-                raise OverrideError(
-                    f"{key!r} names a whole table; name a key in it, e.g. {key}.steps"
-                )
+                raise OverrideError(f"{key!r} names a whole table; name a key in it, e.g. {key}.steps")
             node = node[index]
             continue
         part, _, after = rest.partition(".")
         if not part:
             raise OverrideError(f"{key!r} has an empty part between its dots")
         if not isinstance(node, dict):
-            raise OverrideError(
-                f"{spell(location)!r} is {node!r}, no table, so it has no key {part!r} below it"
-            )
+            raise OverrideError(f"{spell(location)!r} is {node!r}, no table, so it has no key {part!r} below it")
         location = (*location, part)
         if not after:
             if rest.endswith("."):

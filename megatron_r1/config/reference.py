@@ -71,11 +71,7 @@ def _sections(path: str, table: type[BaseModel]) -> Iterator[tuple[str, str, typ
         for child, many in _child_tables(field.annotation):
             below = f"{path}.{name}" if path else name
             for title, deeper, inner in _sections(below, child):
-                doubled = (
-                    title.replace("[", "[[").replace("]", "]]")
-                    if many and inner is child
-                    else title
-                )
+                doubled = title.replace("[", "[[").replace("]", "]]") if many and inner is child else title
                 yield doubled, deeper, inner
 
 

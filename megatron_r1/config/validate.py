@@ -90,9 +90,7 @@ def check_world(parallel: ParallelConfig, world_size: int) -> None:
     """
     problems = list(_world(parallel, world_size))
     if problems:
-        raise UserError(
-            "\n  ".join([f"[parallel] does not fit {world_size} process(es):", *problems])
-        )
+        raise UserError("\n  ".join([f"[parallel] does not fit {world_size} process(es):", *problems]))
 
 
 def _shape(architecture: Mapping[str, Any]) -> _Shape:
@@ -116,10 +114,7 @@ def _number(architecture: Mapping[str, Any], key: str) -> int:
     value = architecture.get(key)
     if not isinstance(value, int) or isinstance(value, bool) or value < 1:
         given = "nothing" if value is None else repr(value)
-        raise UserError(
-            f"the architecture's {key} must be a whole number above 0, got {given}; mend its "
-            f"config.json"
-        )
+        raise UserError(f"the architecture's {key} must be a whole number above 0, got {given}; mend its config.json")
     return value
 
 
@@ -145,16 +140,11 @@ def _attention(shape: _Shape, architecture: Mapping[str, Any], tensor: int) -> I
         )
 
 
-def _experts(
-    shape: _Shape, architecture: Mapping[str, Any], parallel: ParallelConfig
-) -> Iterator[str]:
+def _experts(shape: _Shape, architecture: Mapping[str, Any], parallel: ParallelConfig) -> Iterator[str]:
     if not shape.experts:
         for key, size in (("expert", parallel.expert), ("expert_tensor", parallel.etp)):
             if size > 1:
-                yield (
-                    f"{key} is {size}, but this architecture is dense (no {EXPERT_COUNTS[0]}): "
-                    f"{key} must be 1"
-                )
+                yield (f"{key} is {size}, but this architecture is dense (no {EXPERT_COUNTS[0]}): {key} must be 1")
         return
     yield from _divides("expert", parallel.expert, "the number of routed experts", shape.experts)
     if shape.expert_feed_forward:
@@ -167,27 +157,18 @@ def _routing(experts: int, architecture: Mapping[str, Any]) -> Iterator[str]:
     """Rules of the router, among them the one that Megatron breaks silently."""
     top_k = architecture.get("num_experts_per_tok") or 0
     if top_k > experts:
-        yield (
-            f"num_experts_per_tok ({top_k}) must not exceed the number of routed experts "
-            f"({experts})"
-        )
+        yield (f"num_experts_per_tok ({top_k}) must not exceed the number of routed experts ({experts})")
     groups = architecture.get("n_group") or 1
     if groups == 1:
         return
     chosen = architecture.get("topk_group") or 1
     if experts % groups:
-        yield (
-            f"n_group ({groups}) must divide the number of routed experts ({experts}; "
-            f"{_divisors(experts)})"
-        )
+        yield (f"n_group ({groups}) must divide the number of routed experts ({experts}; {_divisors(experts)})")
         return
     if chosen > groups:
         yield f"topk_group ({chosen}) must not exceed n_group ({groups})"
     if experts // groups < 2:
-        yield (
-            f"n_group ({groups}) leaves {experts // groups} expert in a group; a group's score is "
-            f"its best two"
-        )
+        yield (f"n_group ({groups}) leaves {experts // groups} expert in a group; a group's score is its best two")
     if top_k != 2 * chosen:
         yield (
             f"num_experts_per_tok ({top_k}) must be 2 x topk_group (2 x {chosen} = {2 * chosen}): "
@@ -199,24 +180,16 @@ def _routing(experts: int, architecture: Mapping[str, Any]) -> Iterator[str]:
         )
 
 
-def _pipeline(
-    shape: _Shape, parallel: ParallelConfig, megatron: Mapping[str, Any]
-) -> Iterator[str]:
+def _pipeline(shape: _Shape, parallel: ParallelConfig, megatron: Mapping[str, Any]) -> Iterator[str]:
     stages, virtual = parallel.pipeline, parallel.virtual_pipeline
     if virtual > 1 and stages == 1:
-        yield (
-            f"virtual_pipeline is {virtual}, but pipeline is 1: set pipeline above 1 or "
-            f"virtual_pipeline to 1"
-        )
+        yield (f"virtual_pipeline is {virtual}, but pipeline is 1: set pipeline above 1 or virtual_pipeline to 1")
         return
     chunks = stages * virtual
     name = "pipeline" if virtual == 1 else "pipeline x virtual_pipeline"
     uneven = [key for key in PIPELINE_KEYS if megatron.get(key)]
     if chunks > shape.layers and not uneven:
-        yield (
-            f"{name} is {chunks}, more than the {shape.layers} layers (num_hidden_layers): every "
-            f"chunk needs one"
-        )
+        yield (f"{name} is {chunks}, more than the {shape.layers} layers (num_hidden_layers): every chunk needs one")
     elif shape.layers % chunks and not uneven:
         yield (
             f"{name} ({chunks}) must divide num_hidden_layers ({shape.layers}; "
@@ -235,10 +208,7 @@ def _sequence(parallel: ParallelConfig, length: int | None) -> Iterator[str]:
     if length % parts:
         fitting = -(-length // parts) * parts
         rule = "tensor x 2 x context" if parallel.context > 1 else "tensor"
-        yield (
-            f"the padded sequence length ({length}) must be a multiple of {rule} = {parts}, e.g. "
-            f"{fitting}"
-        )
+        yield (f"the padded sequence length ({length}) must be a multiple of {rule} = {parts}, e.g. {fitting}")
 
 
 def _world(parallel: ParallelConfig, world: int) -> Iterator[str]:
@@ -255,10 +225,7 @@ def _world(parallel: ParallelConfig, world: int) -> Iterator[str]:
         ("expert x expert_tensor x pipeline", expert),
     ):
         if world % size:
-            yield (
-                f"{name} = {size} must divide the number of processes ({world}), e.g. "
-                f"{-(-world // size) * size}"
-            )
+            yield (f"{name} = {size} must divide the number of processes ({world}), e.g. {-(-world // size) * size}")
 
 
 def _divides(key: str, size: int, name: str, whole: int) -> Iterator[str]:

@@ -56,9 +56,7 @@ class MicroBatch:
         """The same micro-batch with its tensors on another device."""
         values = {field.name: getattr(self, field.name) for field in fields(self)}
         moved: dict[str, Any] = {
-            name: value.to(device, non_blocking=True)
-            for name, value in values.items()
-            if isinstance(value, Tensor)
+            name: value.to(device, non_blocking=True) for name, value in values.items() if isinstance(value, Tensor)
         }
         return replace(self, **moved)
 
@@ -89,9 +87,7 @@ def make_micro_batches(
         _check_sample(sample, index)
     present = _present_fields(samples)
     lengths = [len(sample.token_ids) for sample in samples]
-    plan = _deal(
-        _cut_evenly(lengths, max_tokens, multiple_of, shards), lengths, multiple_of, shards
-    )
+    plan = _deal(_cut_evenly(lengths, max_tokens, multiple_of, shards), lengths, multiple_of, shards)
     count = max(map(len, plan))
     return [
         [_collate(rows, samples, present, pad_id, multiple_of) for rows in shard]
@@ -100,9 +96,7 @@ def make_micro_batches(
     ]
 
 
-def unpad(
-    values_BT: Tensor, micro_batch: MicroBatch, samples: Sequence[Sample]
-) -> dict[int, list[float]]:
+def unpad(values_BT: Tensor, micro_batch: MicroBatch, samples: Sequence[Sample]) -> dict[int, list[float]]:
     """Per-token values of a micro-batch back as lists; a filler gives none.
 
     Args:
@@ -114,8 +108,7 @@ def unpad(
     """
     if values_BT.shape != micro_batch.tokens_BT.shape:
         raise ValueError(
-            f"values of shape {tuple(values_BT.shape)} do not fit a micro-batch of "
-            f"{tuple(micro_batch.tokens_BT.shape)}"
+            f"values of shape {tuple(values_BT.shape)} do not fit a micro-batch of {tuple(micro_batch.tokens_BT.shape)}"
         )
     rows = values_BT.detach().to("cpu", torch.float32)
     return {
@@ -129,9 +122,7 @@ def _response_slice(sample: Sample) -> slice:
     return slice(sample.prompt_length - 1, len(sample.token_ids) - 1)
 
 
-def _cut_evenly(
-    lengths: Sequence[int], max_tokens: int, multiple_of: int, shards: int
-) -> list[Rows]:
+def _cut_evenly(lengths: Sequence[int], max_tokens: int, multiple_of: int, shards: int) -> list[Rows]:
     """As few as max_tokens allows, rounded up to a multiple of `shards`, as even as they come."""
     order = sorted(range(len(lengths)), key=lambda i: (-lengths[i], i))
     fewest = len(_cut(order, lengths, max_tokens, multiple_of))
@@ -155,9 +146,7 @@ def _cut_evenly(
     return batches
 
 
-def _cut(
-    order: Sequence[int], lengths: Sequence[int], max_tokens: int, multiple_of: int
-) -> list[Rows]:
+def _cut(order: Sequence[int], lengths: Sequence[int], max_tokens: int, multiple_of: int) -> list[Rows]:
     """Greedy from the longest on: as many rows as fit at the first one's padded length."""
     batches: list[Rows] = []
     start = 0
@@ -169,9 +158,7 @@ def _cut(
     return batches
 
 
-def _deal(
-    batches: Sequence[Rows], lengths: Sequence[int], multiple_of: int, shards: int
-) -> list[list[Rows]]:
+def _deal(batches: Sequence[Rows], lengths: Sequence[int], multiple_of: int, shards: int) -> list[list[Rows]]:
     """Largest first to the shard with the fewest tokens so far among those that have room."""
     room = -(-len(batches) // shards)
     plan: list[list[Rows]] = [[] for _ in range(shards)]
@@ -209,9 +196,7 @@ def _collate(
         else:  # the mask of token 0 has no place: nothing predicts it
             loss_mask_BT[row, : size - 1] = torch.tensor(sample.loss_mask[1:], dtype=torch.float32)
         for name, values_BT in log_probs.items():
-            values_BT[row, _response_slice(sample)] = torch.tensor(
-                getattr(sample, name), dtype=torch.float32
-            )
+            values_BT[row, _response_slice(sample)] = torch.tensor(getattr(sample, name), dtype=torch.float32)
     return _assemble(
         tokens_BT,
         loss_mask_BT,
@@ -276,17 +261,12 @@ def _check_sample(sample: Sample, index: int) -> None:
     """The alignment that `Sample` promises."""
     size = len(sample.token_ids)
     if not 1 <= sample.prompt_length <= size:
-        raise ValueError(
-            f"sample {index}: prompt_length {sample.prompt_length} is not in 1..{size}, its tokens"
-        )
+        raise ValueError(f"sample {index}: prompt_length {sample.prompt_length} is not in 1..{size}, its tokens")
     if sample.loss_mask is not None and len(sample.loss_mask) != size:
-        raise ValueError(
-            f"sample {index}: loss_mask has {len(sample.loss_mask)} entries for {size} tokens"
-        )
+        raise ValueError(f"sample {index}: loss_mask has {len(sample.loss_mask)} entries for {size} tokens")
     for name in LOG_PROB_FIELDS:
         values = getattr(sample, name)
         if values is not None and len(values) != sample.response_length:
             raise ValueError(
-                f"sample {index}: {name} has {len(values)} entries for {sample.response_length} "
-                "response tokens"
+                f"sample {index}: {name} has {len(values)} entries for {sample.response_length} response tokens"
             )

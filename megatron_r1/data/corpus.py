@@ -105,9 +105,7 @@ class Corpus:
         UserError: an unknown style, task or option, or weights that are not positive.
     """
 
-    def __init__(
-        self, config: CorpusConfig, seed: int, exclude: frozenset[str] = frozenset()
-    ) -> None:
+    def __init__(self, config: CorpusConfig, seed: int, exclude: frozenset[str] = frozenset()) -> None:
         _check_styles(config.styles)
         self.config = config
         self.seed = seed
@@ -178,12 +176,8 @@ def classify_style(text: str) -> str:
 def _check_styles(styles: dict[str, float]) -> None:
     unknown = [style for style in styles if style not in STYLES]
     if unknown:
-        raise UserError(
-            f"corpus.styles: unknown style {', '.join(unknown)}; allowed are {', '.join(STYLES)}"
-        )
-    wrong = [
-        f"{style} = {weight}" for style, weight in styles.items() if not 0 <= weight < float("inf")
-    ]
+        raise UserError(f"corpus.styles: unknown style {', '.join(unknown)}; allowed are {', '.join(STYLES)}")
+    wrong = [f"{style} = {weight}" for style, weight in styles.items() if not 0 <= weight < float("inf")]
     if wrong or not sum(styles.values()) > 0:
         raise UserError(
             f"corpus.styles: {', '.join(wrong) or 'no style has a weight'}; weights are 0 or more "

@@ -10,6 +10,7 @@ import json
 import os
 from array import array
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -68,13 +69,9 @@ class JsonLines:
         try:
             row = json.loads(line.decode("utf-8-sig"))
         except ValueError as error:  # json's and unicode's errors are both ValueErrors
-            raise UserError(
-                f"{where}: not valid JSON ({error}); write one object per line, in UTF-8"
-            ) from error
+            raise UserError(f"{where}: not valid JSON ({error}); write one object per line, in UTF-8") from error
         if not isinstance(row, dict):
-            raise UserError(
-                f"{where}: a JSON {type(row).__name__}; each line must be an object {{...}}"
-            )
+            raise UserError(f"{where}: a JSON {type(row).__name__}; each line must be an object {{...}}")
         return row
 
 
@@ -86,9 +83,7 @@ class TableRows:
             import pyarrow as pa
             import pyarrow.parquet as pq
         except ImportError as error:
-            raise UserError(
-                'source = "parquet" needs the library pyarrow: pip install pyarrow'
-            ) from error
+            raise UserError('source = "parquet" needs the library pyarrow: pip install pyarrow') from error
         try:
             self._table = pq.read_table(path, memory_map=True)
         except (pa.ArrowException, OSError) as error:
@@ -136,8 +131,13 @@ class RowStream:
         self._dataset = load_dataset(path, config, streaming=True)
 
     def iterate(self) -> Iterator[Mapping[str, Any]]:
-        """Every row, in the order of the files."""
-        return iter(self._dataset)
+        """Every row, in the order of the files.
+
+        Raises:
+            UserError: a file turns out to be broken.
+        """
+        with _readable(self.path):
+            yield from self._dataset
 
 
 def require_file(config: PromptsConfig) -> Path:
@@ -150,9 +150,7 @@ def require_file(config: PromptsConfig) -> Path:
     if path is None or not path.exists():
         raise UserError(f"prompts.path: {str(path)!r} does not exist (looked from {Path.cwd()})")
     if config.source == "jsonl" and not path.is_file():
-        raise UserError(
-            f'prompts.path: {path} is a folder; source "jsonl" reads one file of JSON lines'
-        )
+        raise UserError(f'prompts.path: {path} is a folder; source "jsonl" reads one file of JSON lines')
     return path
 
 
@@ -169,10 +167,8 @@ def load_dataset(path: Path, config: PromptsConfig, streaming: bool) -> Any:
     try:
         import datasets
     except ImportError as error:
-        raise UserError(
-            'source = "datasets" needs the library of that name: pip install datasets'
-        ) from error
-    try:
+        raise UserError('source = "datasets" needs the library of that name: pip install datasets') from error
+    with _readable(path):
         if (path / "dataset_info.json").exists() or (path / "dataset_dict.json").exists():
             saved = datasets.load_from_disk(str(path))
             if isinstance(saved, datasets.DatasetDict):
@@ -182,10 +178,17 @@ def load_dataset(path: Path, config: PromptsConfig, streaming: bool) -> Any:
         builder = BUILDERS[files[0].suffix]
         names = [str(file) for file in files]
         return datasets.load_dataset(builder, data_files=names, split="train", streaming=streaming)
-    except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
-        raise UserError(
-            f"{path}: `datasets` cannot read it ({type(error).__name__}: {error})"
-        ) from error
+
+
+@contextmanager
+def _readable(path: Path) -> Iterator[None]:
+    """Turns what `datasets` and pyarrow raise for a broken file into a message."""
+    from datasets.exceptions import DatasetsError
+
+    try:
+        yield
+    except (OSError, ValueError, DatasetsError) as error:
+        raise UserError(f"{path}: `datasets` cannot read it ({type(error).__name__}: {error})") from error
 
 
 def _pick_split(saved: Mapping[str, Any], config: PromptsConfig, path: Path) -> Any:
@@ -193,10 +196,7 @@ def _pick_split(saved: Mapping[str, Any], config: PromptsConfig, path: Path) -> 
     if split is None and len(saved) == 1:
         return next(iter(saved.values()))
     if split not in saved:
-        raise UserError(
-            f"{path}: split {split!r} is not there; set options = {{split = ...}} to one of "
-            f"{list(saved)}"
-        )
+        raise UserError(f"{path}: split {split!r} is not there; set options = {{split = ...}} to one of {list(saved)}")
     return saved[split]
 
 
@@ -206,12 +206,9 @@ def _data_files(path: Path) -> list[Path]:
     files = sorted(file for file in candidates if file.suffix in BUILDERS)
     if not files:
         raise UserError(
-            f"{path}: neither a folder written by save_to_disk nor data files; allowed are "
-            f"{', '.join(BUILDERS)}"
+            f"{path}: neither a folder written by save_to_disk nor data files; allowed are {', '.join(BUILDERS)}"
         )
     kinds = sorted({BUILDERS[file.suffix] for file in files})
     if len(kinds) > 1:
-        raise UserError(
-            f"{path}: files of several kinds ({', '.join(kinds)}); give a folder with one kind"
-        )
+        raise UserError(f"{path}: files of several kinds ({', '.join(kinds)}); give a folder with one kind")
     return files

@@ -36,9 +36,7 @@ class Task(Protocol):
         """A problem made from these random numbers."""
         ...
 
-    def work(
-        self, problem: Problem, rng: random.Random, error_rate: float, backwards: bool
-    ) -> tuple[str, str]:
+    def work(self, problem: Problem, rng: random.Random, error_rate: float, backwards: bool) -> tuple[str, str]:
         """(steps, the answer they end in).
 
         A step goes wrong with chance `error_rate`, and what follows builds on it. `backwards`
@@ -68,10 +66,7 @@ class ChainSum:
         self.digits = _integer_range(self.name, options, "digits", default=1, least=1)
         self.allow_negation = options.get("allow_negation", True)
         if not isinstance(self.allow_negation, bool):
-            raise UserError(
-                f"task chain_sum: allow_negation = {self.allow_negation!r}; allowed are true and "
-                "false"
-            )
+            raise UserError(f"task chain_sum: allow_negation = {self.allow_negation!r}; allowed are true and false")
 
     def draw(self, rng: random.Random) -> Problem:
         """Terms and digits uniform in their ranges, each sign a fair coin."""
@@ -84,9 +79,7 @@ class ChainSum:
         question = str(operands[0]) + "".join(map(_signed, operands[1:])) + "=?"
         return Problem(question, str(sum(operands)), {"operands": operands, "terms": len(operands)})
 
-    def work(
-        self, problem: Problem, rng: random.Random, error_rate: float, backwards: bool
-    ) -> tuple[str, str]:
+    def work(self, problem: Problem, rng: random.Random, error_rate: float, backwards: bool) -> tuple[str, str]:
         """Partial sums: "5-6=-1;-1+9=8"."""
         operands: list[int] = problem.metadata["operands"]
         first, *rest = reversed(operands) if backwards else operands
@@ -121,8 +114,7 @@ class CountLetters:
         letters, most = _integer_range(self.name, options, "letters", default=3, least=2)
         if letters != most or letters > 26:
             raise UserError(
-                f"task count_letters: letters = {options['letters']!r}; allowed is one integer "
-                "from 2 to 26"
+                f"task count_letters: letters = {options['letters']!r}; allowed is one integer from 2 to 26"
             )
         self.alphabet = "abcdefghijklmnopqrstuvwxyz"[:letters]
 
@@ -133,9 +125,7 @@ class CountLetters:
         metadata = {"word": word, "letter": letter}
         return Problem(f"{letter} in {word}=?", str(word.count(letter)), metadata)
 
-    def work(
-        self, problem: Problem, rng: random.Random, error_rate: float, backwards: bool
-    ) -> tuple[str, str]:
+    def work(self, problem: Problem, rng: random.Random, error_rate: float, backwards: bool) -> tuple[str, str]:
         """A running count: "b=0;a=1;c=1;a=2;b=2"."""
         word: str = problem.metadata["word"]
         count = 0
@@ -189,24 +179,15 @@ def _signed(number: int) -> str:
 def _check_options(task: str, options: Mapping[str, Any], allowed: tuple[str, ...]) -> None:
     unknown = [key for key in options if key not in allowed]
     if unknown:
-        raise UserError(
-            f"task {task}: unknown option {', '.join(unknown)}; allowed are {', '.join(allowed)}"
-        )
+        raise UserError(f"task {task}: unknown option {', '.join(unknown)}; allowed are {', '.join(allowed)}")
 
 
-def _integer_range(
-    task: str, options: Mapping[str, Any], key: str, default: int, least: int
-) -> tuple[int, int]:
+def _integer_range(task: str, options: Mapping[str, Any], key: str, default: int, least: int) -> tuple[int, int]:
     """(lowest, highest) of an option given as n or [low, high]."""
     given = options.get(key, default)
     pair = list(given) if isinstance(given, list | tuple) else [given, given]
-    if (
-        len(pair) != 2
-        or any(type(value) is not int for value in pair)
-        or not least <= pair[0] <= pair[1]
-    ):
+    if len(pair) != 2 or any(type(value) is not int for value in pair) or not least <= pair[0] <= pair[1]:
         raise UserError(
-            f"task {task}: {key} = {given!r}; allowed are an integer from {least} on or [lowest, "
-            "highest] of such"
+            f"task {task}: {key} = {given!r}; allowed are an integer from {least} on or [lowest, highest] of such"
         )
     return pair[0], pair[1]

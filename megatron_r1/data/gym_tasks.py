@@ -56,8 +56,7 @@ class GymTask:
         reserved = [key for key in ("size", "seed") if key in options]
         if reserved:
             raise UserError(
-                f"prompts.options: {', '.join(reserved)} is a key of the prompts table itself; set "
-                "it there"
+                f"prompts.options: {', '.join(reserved)} is a key of the prompts table itself; set it there"
             )
         self.name = name
         try:

@@ -90,9 +90,7 @@ class PromptMaker:
         self.template = config.template
         self.tokenizer = tokenizer
 
-    def __call__(
-        self, name: str, question: str, answer: str | None, verifier: str, metadata: dict[str, Any]
-    ) -> Prompt:
+    def __call__(self, name: str, question: str, answer: str | None, verifier: str, metadata: dict[str, Any]) -> Prompt:
         """The prompt of this id.
 
         Raises:
@@ -104,9 +102,7 @@ class PromptMaker:
         except UserError as error:
             raise UserError(f"prompt {name}: {error}") from error
         if not token_ids:
-            raise UserError(
-                f"prompt {name}: the {self.tokenizer.name} tokenizer makes no token of {text!r}"
-            )
+            raise UserError(f"prompt {name}: the {self.tokenizer.name} tokenizer makes no token of {text!r}")
         return Prompt(
             id=name,
             question=question,
@@ -157,9 +153,7 @@ class FilePrompts:
         self._make = make
         self._length = min(len(rows), config.size or len(rows))
         if not self._length:
-            raise UserError(
-                f"prompts.path: {path} holds no rows; a prompt source needs one question at least"
-            )
+            raise UserError(f"prompts.path: {path} holds no rows; a prompt source needs one question at least")
 
     def __len__(self) -> int:
         return self._length
@@ -205,13 +199,9 @@ class StreamingSource:
         yield from buffer
 
 
-def _from_row(
-    name: str, row: Mapping[str, Any], where: str, config: PromptsConfig, make: PromptMaker
-) -> Prompt:
+def _from_row(name: str, row: Mapping[str, Any], where: str, config: PromptsConfig, make: PromptMaker) -> Prompt:
     record = read_record(row, config, where)
-    return make(
-        name, record.question, record.answer, config.verifier or FILE_VERIFIER, record.metadata
-    )
+    return make(name, record.question, record.answer, config.verifier or FILE_VERIFIER, record.metadata)
 
 
 def _check_index(index: int, length: int, name: str) -> None:
@@ -232,6 +222,4 @@ def _check_options(config: PromptsConfig) -> None:
         raise UserError(f"prompts.options: streaming = {streaming!r}; allowed are true and false")
     buffer = config.options.get("shuffle_buffer", DEFAULT_SHUFFLE_BUFFER)
     if type(buffer) is not int or buffer < 1:
-        raise UserError(
-            f"prompts.options: shuffle_buffer = {buffer!r}; allowed is an integer from 1 on"
-        )
+        raise UserError(f"prompts.options: shuffle_buffer = {buffer!r}; allowed is an integer from 1 on")

@@ -38,10 +38,7 @@ def read_record(row: Mapping[str, Any], config: PromptsConfig, where: str) -> Re
     check_columns(row, config, where)
     question = row[config.question_key]
     if not isinstance(question, str) or not question.strip():
-        raise UserError(
-            f"{where}: column {config.question_key!r} holds {question!r}; a question is a text, "
-            "not empty"
-        )
+        raise UserError(f"{where}: column {config.question_key!r} holds {question!r}; a question is a text, not empty")
     answer = clean_answer(row[config.answer_key], f"{where}: column {config.answer_key!r}")
     if answer is None and config.verifier is None:
         raise UserError(

@@ -33,9 +33,7 @@ class TextBatches:
         self.tokenizer, self.batch_tokens, self.seed = tokenizer, batch_tokens, seed
         self.corpora = [Corpus(config, seed, exclude) for config in corpora]
         total = sum(config.share for config in corpora)
-        ends = [
-            sum(config.share for config in corpora[: i + 1]) / total for i in range(len(corpora))
-        ]
+        ends = [sum(config.share for config in corpora[: i + 1]) / total for i in range(len(corpora))]
         self._last_steps = [round(end * steps) for end in ends]
         self._which = 0
         self._pool: list[list[Sample]] = []
@@ -49,9 +47,7 @@ class TextBatches:
 
     def take(self, step: int) -> list[Sample]:
         """The global batch of optimizer step `step`, counted from 0."""
-        which = next(
-            (i for i, last in enumerate(self._last_steps) if step < last), len(self.corpora) - 1
-        )
+        which = next((i for i, last in enumerate(self._last_steps) if step < last), len(self.corpora) - 1)
         if which != self._which:
             self._which, self._pool, self._taken = which, [], 0
         if self._taken == len(self._pool):

@@ -2,34 +2,24 @@
 
 First in the flow: prompts (`data/prompts.py`) and pre-training text are encoded here, completions
 are decoded here. `char` and `byte` need no file and give every tag one token, which is what makes
-the recipe runnable on a CPU; `huggingface` and `sentencepiece` read local files only.
+the recipe runnable on a CPU; `huggingface` and `sentencepiece` are in `data/file_tokenizers.py`.
 """
 
 from __future__ import annotations
 
 import hashlib
-import logging
 import re
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
-from pathlib import Path
 from typing import Any, Protocol
 
 from megatron_r1.config.errors import UserError
 from megatron_r1.config.model import TokenizerConfig
 
-logger = logging.getLogger(__name__)
-
 PAD_ID = 0
 EOS_ID = 1
 CHARACTERS = "\n" + "".join(chr(code) for code in range(ord(" "), ord("~") + 1))
 """Alphabet of the `char` tokenizer: the newline and printable ASCII."""
-
-PROBE_TEXT = "two  spaces,\na new line: 12+3=15 <think> </think>"
-"""What a tokenizer must give back unchanged if format rewards are to see what the model wrote."""
-
-OPENING_TOKEN = r"<\|?(im_start|bos|s|start_of_turn|begin_of_text|start_header_id)\|?>"
-"""Tokens that no tokenizer may call its end of sequence."""
 
 
 class Tokenizer(Protocol):
@@ -71,9 +61,11 @@ def build_tokenizer(config: TokenizerConfig) -> Tokenizer:
             f"{'folder or tokenizer.json' if config.kind == 'huggingface' else '.model file'} "
             "(nothing is downloaded)"
         )
+    from megatron_r1.data import file_tokenizers  # builds on this module, so only now
+
     if config.kind == "huggingface":
-        return HuggingFaceTokenizer(path)
-    return SentencePieceTokenizer(path)
+        return file_tokenizers.HuggingFaceTokenizer(path)
+    return file_tokenizers.SentencePieceTokenizer(path)
 
 
 def encode_prompt(tokenizer: Tokenizer, text: str) -> list[int]:
@@ -124,9 +116,7 @@ class _SymbolTokenizer(ABC):
         ordinary: list[int] = []
         for token in ids:
             if not 0 <= token < self.vocab_size:
-                raise ValueError(
-                    f"token id {token} is outside the {self.name} vocabulary of {self.vocab_size}"
-                )
+                raise ValueError(f"token id {token} is outside the {self.name} vocabulary of {self.vocab_size}")
             if token >= self.offset:
                 ordinary.append(token - self.offset)
                 continue
@@ -139,7 +129,7 @@ class _SymbolTokenizer(ABC):
     def info(self) -> dict[str, Any]:
         """Kind, tags, sizes and fingerprint."""
         described: dict[str, Any] = {"kind": self.name, "tags": list(self.tags)}
-        return described | _ids_info(self) | {"fingerprint": _fingerprint([self.name, *self.tags])}
+        return described | ids_info(self) | {"fingerprint": fingerprint([self.name, *self.tags])}
 
     @abstractmethod
     def _encode_ordinary(self, text: str, start: int, end: int) -> list[int]:
@@ -193,164 +183,22 @@ class ByteTokenizer(_SymbolTokenizer):
         return bytes(symbols).decode("utf-8", errors="replace")
 
 
-class HuggingFaceTokenizer:
-    """A tokenizer.json or a folder that `transformers` can read; nothing is downloaded."""
-
-    def __init__(self, path: Path) -> None:
-        self.name = "huggingface"
-        self.path = path
-        self.backend = _load_huggingface(path)
-        self.eos_id = _eos_of(self.backend, path)
-        pad = self.backend.pad_token_id
-        self.pad_id = self.eos_id if pad is None else int(pad)
-        self.vocab_size = max(self.backend.get_vocab().values()) + 1
-        bos = self.backend.bos_token_id
-        prepends = bos is not None and list(self.backend("1")["input_ids"])[:1] == [bos]
-        self.bos_id: int | None = int(bos) if prepends else None
-        _warn_if_lossy(self, path)
-
-    def encode(self, text: str) -> list[int]:
-        """Ids of the text without special tokens around it."""
-        return list(self.backend.encode(text, add_special_tokens=False))
-
-    def decode(self, ids: Sequence[int]) -> str:
-        """Text of the ids without eos and padding; other special tokens (`<think>`) stay."""
-        kept = [token for token in ids if token not in (self.eos_id, self.pad_id)]
-        text: str = self.backend.decode(
-            kept, skip_special_tokens=False, clean_up_tokenization_spaces=False
-        )
-        return text
-
-    def info(self) -> dict[str, Any]:
-        """Kind, path, sizes and the fingerprint of the whole vocabulary."""
-        vocabulary = (
-            f"{token}\t{index}" for token, index in sorted(self.backend.get_vocab().items())
-        )
-        described: dict[str, Any] = {"kind": self.name, "path": str(self.path)}
-        return described | _ids_info(self) | {"fingerprint": _fingerprint(vocabulary)}
-
-
-class SentencePieceTokenizer:
-    """A sentencepiece `.model` file.
-
-    A model may put a dummy space before the text it encodes and drop it again when decoding. Train
-    with normalization_rule_name="identity" and remove_extra_whitespaces=False, or text is changed.
-    """
-
-    def __init__(self, path: Path) -> None:
-        try:
-            from sentencepiece import SentencePieceProcessor
-        except ImportError as error:
-            raise UserError(
-                'tokenizer.kind = "sentencepiece" needs the library of that name: '
-                "pip install sentencepiece"
-            ) from error
-        self.name = "sentencepiece"
-        self.path = path
-        try:
-            self.backend = SentencePieceProcessor(model_file=str(path))
-        except (OSError, RuntimeError, TypeError) as error:
-            raise UserError(
-                f"tokenizer.path: {path} is not a sentencepiece model: {error}"
-            ) from error
-        self.vocab_size = int(self.backend.vocab_size())
-        self.eos_id = int(self.backend.eos_id())
-        if self.eos_id < 0:
-            raise UserError(
-                f"tokenizer.path: {path} has no end-of-sequence piece, so no completion could ever "
-                "end; train the model with an eos_id (the default is 2)"
-            )
-        pad, bos = int(self.backend.pad_id()), int(self.backend.bos_id())
-        self.pad_id = pad if pad >= 0 else self.eos_id
-        self.bos_id: int | None = bos if bos >= 0 else None
-        _warn_if_lossy(self, path)
-
-    def encode(self, text: str) -> list[int]:
-        """Ids of the text without bos and eos."""
-        return list(self.backend.encode(text))
-
-    def decode(self, ids: Sequence[int]) -> str:
-        """Text of the ids without eos and padding."""
-        text: str = self.backend.decode([i for i in ids if i not in (self.eos_id, self.pad_id)])
-        return text
-
-    def info(self) -> dict[str, Any]:
-        """Kind, path, sizes and the fingerprint of the model file."""
-        digest = hashlib.sha256(self.path.read_bytes()).hexdigest()[:16]
-        described: dict[str, Any] = {"kind": self.name, "path": str(self.path)}
-        return described | _ids_info(self) | {"fingerprint": digest}
-
-
-def _load_huggingface(path: Path) -> Any:
-    """The `transformers` tokenizer of a folder, or of a tokenizer.json with what lies beside it."""
-    try:
-        from transformers import AutoTokenizer, PreTrainedTokenizerFast
-    except ImportError as error:
-        raise UserError(
-            'tokenizer.kind = "huggingface" needs the library transformers: '
-            "pip install transformers"
-        ) from error
-    folder = path if path.is_dir() else path.parent
-    try:
-        if path.is_dir() or (
-            path.name == "tokenizer.json" and (folder / "tokenizer_config.json").exists()
-        ):
-            return AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
-        return PreTrainedTokenizerFast(tokenizer_file=str(path))
-    except Exception as error:  # transformers and tokenizers raise bare Exception for a broken file
-        raise UserError(
-            f"tokenizer.path: {path} cannot be read as a Hugging Face tokenizer "
-            f"({type(error).__name__}: {error}); give a folder with tokenizer.json and "
-            "tokenizer_config.json, or one tokenizer.json"
-        ) from error
-
-
-def _eos_of(backend: Any, path: Path) -> int:
-    """The end-of-sequence id, refused where missing or where it plainly opens a turn."""
-    token = backend.eos_token
-    if token is None or backend.eos_token_id is None:
-        raise UserError(
-            f"tokenizer.path: {path} names no end-of-sequence token, so no completion could ever "
-            'end; put a tokenizer_config.json with "eos_token" beside tokenizer.json'
-        )
-    # Read from a GGUF file, eos comes out as <|im_start|>: no completion would ever end.
-    if re.fullmatch(OPENING_TOKEN, token):
-        raise UserError(
-            f"tokenizer.path: {path} names {token!r} as its end-of-sequence token, but that one "
-            "opens a text or a turn (tokenizers converted from GGUF have this fault); set "
-            '"eos_token" in its tokenizer_config.json, for instance to "<|im_end|>"'
-        )
-    return int(backend.eos_token_id)
-
-
-def _warn_if_lossy(tokenizer: Tokenizer, path: Path) -> None:
-    got = tokenizer.decode(tokenizer.encode(PROBE_TEXT))
-    if got != PROBE_TEXT:
-        logger.warning(
-            "tokenizer %s changes text: %r comes back as %r; format rewards see the changed text",
-            path,
-            PROBE_TEXT,
-            got,
-        )
-
-
 def _check_tags(tags: Sequence[str]) -> None:
     for i, tag in enumerate(tags):
         if len(tag) < 2:
-            raise UserError(
-                f"tokenizer.tags: {tag!r} is too short; a tag has two characters or more, as in "
-                "'<think>'"
-            )
+            raise UserError(f"tokenizer.tags: {tag!r} is too short; a tag has two characters or more, as in '<think>'")
         if tag in tags[:i]:
             raise UserError(f"tokenizer.tags: {tag!r} is given twice; name each tag once")
 
 
-def _ids_info(tokenizer: Tokenizer) -> dict[str, Any]:
+def ids_info(tokenizer: Tokenizer) -> dict[str, Any]:
+    """The size and special ids of a tokenizer, for its `info`."""
     fields = ("vocab_size", "eos_id", "pad_id", "bos_id")
     return {field: getattr(tokenizer, field) for field in fields}
 
 
-def _fingerprint(parts: Iterable[str]) -> str:
+def fingerprint(parts: Iterable[str]) -> str:
+    """16 hex digits of a vocabulary."""
     digest = hashlib.sha256()
     for part in parts:
         digest.update(part.encode("utf-8", errors="surrogatepass") + b"\0")

@@ -22,11 +22,7 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 # Fields that this project sets from the layout, the loss or the schedule: passing them through could only break it.
 RESERVED = frozenset(
-    "tensor_model_parallel_size pipeline_model_parallel_size virtual_pipeline_model_parallel_size "
-    "context_parallel_size expert_model_parallel_size expert_tensor_parallel_size sequence_parallel "
-    "pipeline_dtype params_dtype bf16 fp16 calculate_per_token_loss variable_seq_lengths batch_p2p_comm "
-    "overlap_p2p_comm use_cpu_initialization perform_initialization num_layers hidden_size grad_scale_func "
-    "finalize_model_grads_func no_sync_func grad_sync_func param_sync_func timers".split()
+    ["tensor_model_parallel_size", "pipeline_model_parallel_size", "virtual_pipeline_model_parallel_size", "context_parallel_size", "expert_model_parallel_size", "expert_tensor_parallel_size", "sequence_parallel", "pipeline_dtype", "params_dtype", "bf16", "fp16", "calculate_per_token_loss", "variable_seq_lengths", "batch_p2p_comm", "overlap_p2p_comm", "use_cpu_initialization", "perform_initialization", "num_layers", "hidden_size", "grad_scale_func", "finalize_model_grads_func", "no_sync_func", "grad_sync_func", "param_sync_func", "timers"]
 )
 
 
@@ -110,7 +106,6 @@ def _deepseek_v3(arch: Architecture) -> dict[str, Any]:
         moe_router_load_balancing_type="none",
         moe_aux_loss_coeff=0.0,
         moe_router_dtype="fp32",
-        moe_token_dispatcher_type="alltoall",
         moe_grouped_gemm=False,
     )
 
@@ -153,6 +148,7 @@ def _parallel(model: ModelConfig, layout: ParallelConfig) -> dict[str, Any]:
         # Gradients are divided by a count of tokens over the whole batch, so that every layout agrees.
         calculate_per_token_loss=True,
         variable_seq_lengths=True,
+        moe_token_dispatcher_type="alltoall",  # the default, allgather, refuses variable lengths even without experts
     )
     if layout.virtual_pipeline > 1:
         # With two stages, batched p2p swaps the interleaved schedule's messages and trains wrongly without an error.

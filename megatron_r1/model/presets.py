@@ -59,7 +59,9 @@ def _from_file(path: Path) -> Architecture:
     try:
         config = json.loads(file.read_text())
     except FileNotFoundError:
-        raise UserError(f"model.config: there is no file {file}; give a Hugging Face config.json or its folder") from None
+        raise UserError(
+            f"model.config: there is no file {file}; give a Hugging Face config.json or its folder"
+        ) from None
     except (OSError, json.JSONDecodeError) as error:
         raise UserError(f"model.config: {file} is not readable JSON: {error}") from None
     if not isinstance(config, dict) or config.get("model_type") not in FAMILIES:

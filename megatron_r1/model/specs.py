@@ -87,9 +87,7 @@ class TorchCoreAttention(MegatronModule):
             mask = torch.ones(queries, keys, dtype=torch.bool, device=query_SBND.device).tril(keys - queries)
         return self._attend(query_SBND, key_KBND, value_KBND, causal=queries == keys, mask=mask)
 
-    def _packed(
-        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, bounds: list[int]
-    ) -> torch.Tensor:
+    def _packed(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, bounds: list[int]) -> torch.Tensor:
         if self.context_size > 1:
             raise ValueError("packed sequences together with context parallelism need Transformer Engine")
         parts = [

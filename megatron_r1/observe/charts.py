@@ -74,8 +74,7 @@ svg.chart text.label { fill: var(--ink); font-weight: 600; paint-order: stroke;
   stroke: var(--panel); stroke-width: 4px; stroke-linejoin: round; }
 """
 CHART_CSS += "".join(
-    f"svg.chart .s{i} {{ stroke: var(--c{i}); }}\nsvg.chart .f{i} {{ fill: var(--c{i}); }}\n"
-    for i in range(4)
+    f"svg.chart .s{i} {{ stroke: var(--c{i}); }}\nsvg.chart .f{i} {{ fill: var(--c{i}); }}\n" for i in range(4)
 )
 
 
@@ -228,10 +227,7 @@ def _x_grid(axis: Scale, label: str, bottom: float, width: int) -> list[str]:
     texts = [(axis(v), 16, tick_label(v, step, "count")) for v in ticks(axis.low, axis.high, step)]
     parts += [_line("axis", x, bottom, x, bottom + 4) for x, _, _ in texts]
     texts.append(((axis.start + axis.end) / 2, 32, _text(label)))
-    parts += [
-        f'<text x="{x:.1f}" y="{bottom + down:g}" text-anchor="middle">{text}</text>'
-        for x, down, text in texts
-    ]
+    parts += [f'<text x="{x:.1f}" y="{bottom + down:g}" text-anchor="middle">{text}</text>' for x, down, text in texts]
     return parts
 
 
@@ -265,7 +261,5 @@ def _dot(point: Point, colour: int, frame: _Frame) -> str:
 
 def _polyline(points: Sequence[Point], kind: str, frame: _Frame) -> str:
     # the clamp: shares are drawn on 0..1 even if rounding made one 1.0000001
-    pixels = " ".join(
-        f"{frame.x(x):.1f},{frame.y(min(max(y, frame.y.low), frame.y.high)):.1f}" for x, y in points
-    )
+    pixels = " ".join(f"{frame.x(x):.1f},{frame.y(min(max(y, frame.y.low), frame.y.high)):.1f}" for x, y in points)
     return f'<polyline class="{kind}" points="{pixels}"/>'

@@ -53,9 +53,7 @@ class StageView:
 
     def series(self, name: str) -> list[Point]:
         """[(step, value)] of a metric, of those lines that have it."""
-        return [
-            (float(row["step"]), float(row[name])) for row in self.rows if row.get(name) is not None
-        ]
+        return [(float(row["step"]), float(row[name])) for row in self.rows if row.get(name) is not None]
 
 
 @dataclass(kw_only=True, slots=True)
@@ -85,10 +83,7 @@ def collect(run_dir: Path) -> RunView:
     """
     run = RunDir.open(run_dir)
     config_text, config = _read_config(run)
-    stages = [
-        _stage_view(state, run.stage(state.name))
-        for state in run.read_stages() or _guess_stages(run)
-    ]
+    stages = [_stage_view(state, run.stage(state.name)) for state in run.read_stages() or _guess_stages(run)]
     tables, facts = run.read_summary()
     if not tables:
         tables = evaluation_tables([view.state for view in stages])
@@ -111,9 +106,7 @@ def _read_config(run: RunDir) -> tuple[str, dict[str, Any]]:
     try:
         return text, tomllib.loads(text)
     except tomllib.TOMLDecodeError as error:
-        raise UserError(
-            f"{path}: not TOML ({error}); mend the file or start the run anew"
-        ) from error
+        raise UserError(f"{path}: not TOML ({error}); mend the file or start the run anew") from error
 
 
 def _guess_stages(run: RunDir) -> list[StageState]:
@@ -142,8 +135,6 @@ def _phase(step: int, path: Path) -> Phase:
     worst: dict[str, Row] = {}
     count, total = 0, 0.0
     for row in iterate_rollouts(path):
-        if row["reward"] is None:
-            continue
         count, total = count + 1, total + row["reward"]
         prompt = row["prompt_id"]
         if prompt not in best or row["reward"] > best[prompt]["reward"]:
@@ -172,14 +163,8 @@ def evaluation_tables(states: Sequence[StageState]) -> list[SummaryTable]:
             continue
         values = [state.result.get(name) for state in done]
         label = evaluation_label(name, done[0].result.get("eval/k"))
-        rows.append(
-            [label, *("-" if v is None else format_value(float(v), metric.unit) for v in values)]
-        )
-    return [
-        SummaryTable(
-            title="Held-out evaluation", columns=["", *(state.name for state in done)], rows=rows
-        )
-    ]
+        rows.append([label, *("-" if v is None else format_value(float(v), metric.unit) for v in values)])
+    return [SummaryTable(title="Held-out evaluation", columns=["", *(state.name for state in done)], rows=rows)]
 
 
 def evaluation_label(name: str, k: float | None) -> str:
@@ -207,18 +192,14 @@ def learning_curve(stages: Sequence[StageView], config: dict[str, Any]) -> Curve
         chain.insert(0, name)
         name = parents.get(name)
     ends: dict[str, float] = {}
-    drawn: dict[str, list[Point]] = {
-        key: [] for key in ("reward/accuracy", "reward/majority", "rollout/length")
-    }
+    drawn: dict[str, list[Point]] = {key: [] for key in ("reward/accuracy", "reward/majority", "rollout/length")}
     position = 0.0
     for name in chain:
         view = views[name]
         if _is_rl(view):
             for metric, points in drawn.items():
                 points += [(position + step, value) for step, value in view.series(metric)]
-            position += max(
-                [float(view.state.steps_done), *(float(row["step"]) for row in view.rows)]
-            )
+            position += max([float(view.state.steps_done), *(float(row["step"]) for row in view.rows)])
         ends[name] = position
     curve = Curve()
     labels = (("training pass@1", "reward/accuracy"), ("training cons@G", "reward/majority"))
@@ -241,11 +222,7 @@ def _parents(names: Sequence[str], config: dict[str, Any]) -> dict[str, str | No
     for i, name in enumerate(names):
         table = tables.get(name, {})
         source = table.get("from", table.get("init_from"))
-        parents[name] = (
-            (names[i - 1] if i else None)
-            if source is None
-            else (source if source in names else None)
-        )
+        parents[name] = (names[i - 1] if i else None) if source is None else (source if source in names else None)
     return parents
 
 

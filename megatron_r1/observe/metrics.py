@@ -158,9 +158,7 @@ class _TensorBoard:
 
         if self._writer is None:
             self._open(now)
-        summary = Summary(
-            value=[Summary.Value(tag=tag, simple_value=v) for tag, v in values.items()]
-        )
+        summary = Summary(value=[Summary.Value(tag=tag, simple_value=v) for tag, v in values.items()])
         self._writer.add_event(Event(wall_time=now, step=int(step), summary=summary))
         self._writer.flush()  # its own 120 s would lose the last minutes of a killed attempt
 
@@ -169,9 +167,7 @@ class _TensorBoard:
         from tensorboard.summary.writer.event_file_writer import EventFileWriter
 
         self._folder.mkdir(parents=True, exist_ok=True)
-        self._writer = EventFileWriter(
-            str(self._folder), filename_suffix=f".attempt-{self._attempt}"
-        )
+        self._writer = EventFileWriter(str(self._folder), filename_suffix=f".attempt-{self._attempt}")
         if self._purge_step is not None:
             restart = SessionLog(status=SessionLog.START)
             self._writer.add_event(Event(wall_time=now, step=self._purge_step, session_log=restart))

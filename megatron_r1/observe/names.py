@@ -25,28 +25,18 @@ class Metric(NamedTuple):
 METRICS: dict[str, Metric] = {
     # rewards of one rollout phase
     "reward/mean": Metric("reward", "mean total reward of the phase's completions"),
-    "reward/std": Metric(
-        "reward", "mean over groups of the reward's standard deviation within a group"
-    ),
-    "reward/accuracy": Metric(
-        "share", "completions whose answer the verifier calls correct (training pass@1)"
-    ),
-    "reward/majority": Metric(
-        "share", "groups whose most frequent answer is correct (training cons@G)"
-    ),
+    "reward/std": Metric("reward", "mean over groups of the reward's standard deviation within a group"),
+    "reward/accuracy": Metric("share", "completions whose answer the verifier calls correct (training pass@1)"),
+    "reward/majority": Metric("share", "groups whose most frequent answer is correct (training cons@G)"),
     "reward/format": Metric("share", "completions in the asked format"),
     "reward/overlong": Metric("reward", "mean penalty for too long completions, zero or negative"),
     # groups and verdicts
-    "groups/no_signal": Metric(
-        "share", "groups whose rewards are all equal: no gradient from the reward"
-    ),
+    "groups/no_signal": Metric("share", "groups whose rewards are all equal: no gradient from the reward"),
     "groups/all_correct": Metric("share", "groups whose completions are all correct"),
     "groups/all_wrong": Metric("share", "groups without one correct completion"),
     "groups/dropped": Metric("count", "groups left out of training"),
     "groups/rounds": Metric("count", "rollout rounds that the phase took (dynamic sampling)"),
-    "verdict/unknown": Metric(
-        "share", "completions on which the verifier gave no verdict (deadline, error)"
-    ),
+    "verdict/unknown": Metric("share", "completions on which the verifier gave no verdict (deadline, error)"),
     # sampling
     "rollout/length": Metric("tokens", "mean length of a completion"),
     "rollout/length_max": Metric("tokens", "longest completion"),
@@ -68,12 +58,8 @@ METRICS: dict[str, Metric] = {
     "policy/clip_low": Metric("share", "tokens whose ratio is clipped from below"),
     "policy/clip_high": Metric("share", "tokens whose ratio is clipped from above"),
     "policy/dual_clip": Metric("share", "tokens whose loss the dual clip bounds"),
-    "policy/old_kl": Metric(
-        "nats", "KL(old policy || policy) a token: how far the phase's steps have moved"
-    ),
-    "policy/engine_gap": Metric(
-        "nats", "mean |log-prob of the trainer - log-prob of the sampling engine|"
-    ),
+    "policy/old_kl": Metric("nats", "KL(old policy || policy) a token: how far the phase's steps have moved"),
+    "policy/engine_gap": Metric("nats", "mean |log-prob of the trainer - log-prob of the sampling engine|"),
     "policy/engine_k3": Metric("nats", "KL(sampling engine || trainer) a token, by the k3 estimator"),
     # losses
     "loss/policy": Metric("1", "policy loss without the KL term"),
@@ -85,9 +71,7 @@ METRICS: dict[str, Metric] = {
     # optimizer, experts
     "optim/grad_norm": Metric("1", "global L2 norm of the gradient before clipping"),
     "optim/lr": Metric("1", "learning rate"),
-    "optim/skipped": Metric(
-        "count", "optimizer steps skipped so far because of a non-finite gradient"
-    ),
+    "optim/skipped": Metric("count", "optimizer steps skipped so far because of a non-finite gradient"),
     "moe/balance_loss": Metric("1", "load-balancing loss of the router"),
     "moe/load_max": Metric("ratio", "load of the busiest expert over the mean load"),
     # speed, memory and progress
@@ -102,9 +86,7 @@ METRICS: dict[str, Metric] = {
     "time/train": Metric("s", "wall time of forward, backward and optimizer"),
     "time/sync": Metric("s", "wall time of handing new weights to the sampling engine"),
     "time/checkpoint": Metric("s", "wall time of saving"),
-    "memory/peak": Metric(
-        "GiB", "peak memory of the accelerator (or of the process on a CPU), worst rank"
-    ),
+    "memory/peak": Metric("GiB", "peak memory of the accelerator (or of the process on a CPU), worst rank"),
     # evaluation on held-out problems
     "eval/pass_at_1": Metric("share", "mean accuracy of a single sample"),
     "eval/cons_at_k": Metric("share", "problems whose most frequent answer of k is correct"),
@@ -123,8 +105,7 @@ def check_names(names: list[str]) -> None:
     unknown = sorted(set(names) - METRICS.keys())
     if unknown:
         raise ValueError(
-            f"unknown metrics {unknown}: list them in megatron_r1/observe/names.py "
-            "with their unit and meaning"
+            f"unknown metrics {unknown}: list them in megatron_r1/observe/names.py with their unit and meaning"
         )
 
 

@@ -45,9 +45,7 @@ PANELS: tuple[Panel, ...] = (
     ),
     Panel("Policy loss", {"loss/policy": "policy", "loss/kl": "KL term"}),
     Panel("Gradient norm", {"optim/grad_norm": "gradient norm"}),
-    Panel(
-        "Throughput", {"rollout/tokens_per_second": "sampled", "train/tokens_per_second": "trained"}
-    ),
+    Panel("Throughput", {"rollout/tokens_per_second": "sampled", "train/tokens_per_second": "trained"}),
     Panel(
         "Groups without signal",
         {

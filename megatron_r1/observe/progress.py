@@ -86,9 +86,7 @@ class Progress:
         """
         self._step, self._phase = step, None
         self._history.append((self._clock(), step))
-        self._values.update(
-            (name, float(value)) for name, value in metrics.items() if name in SHOWN
-        )
+        self._values.update((name, float(value)) for name, value in metrics.items() if name in SHOWN)
         self._show(due=step >= self._total)
 
     def phase(self, name: str, done: int, total: int) -> None:
@@ -184,9 +182,7 @@ class Progress:
         return Group(head, values)
 
 
-def table(
-    title: str, columns: Sequence[str], rows: Sequence[Sequence[Cell]], stream: TextIO | None = None
-) -> None:
+def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[Cell]], stream: TextIO | None = None) -> None:
     """Print a table: drawn on a terminal, aligned ASCII-framed text elsewhere. Floats get three
     digits.
     """
@@ -203,10 +199,7 @@ def table(
     grid = [list(columns), *texts]
     widths = [max(len(row[i]) for row in grid) for i in range(len(columns))]
     lines = [
-        "  ".join(
-            f"{c:<{w}}" if i == 0 else f"{c:>{w}}"
-            for i, (c, w) in enumerate(zip(row, widths, strict=True))
-        )
+        "  ".join(f"{c:<{w}}" if i == 0 else f"{c:>{w}}" for i, (c, w) in enumerate(zip(row, widths, strict=True)))
         for row in grid
     ]
     lines.insert(1, "  ".join("-" * w for w in widths))

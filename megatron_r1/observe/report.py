@@ -53,12 +53,9 @@ def write_learning_curve(run_dir: Path, path: Path) -> Path:
 def render(view: RunView, now: float) -> str:
     """The page as text. now: seconds since 1970, shown as the time of writing."""
     templates = importlib.resources.files("megatron_r1.observe") / "templates"
-    page, style, script = (
-        (templates / f"report.{kind}").read_text(encoding="utf-8") for kind in ("html", "css", "js")
-    )
+    page, style, script = ((templates / f"report.{kind}").read_text(encoding="utf-8") for kind in ("html", "css", "js"))
     plots = [
-        (f"stage-{i}", f"Stage {stage.state.name}", sections.stage_plots(stage))
-        for i, stage in enumerate(view.stages)
+        (f"stage-{i}", f"Stage {stage.state.name}", sections.stage_plots(stage)) for i, stage in enumerate(view.stages)
     ]
     blocks = [
         ("summary", "Summary", sections.summary(view)),
@@ -76,9 +73,7 @@ def render(view: RunView, now: float) -> str:
         written=time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(now)),
         unfinished=sections.unfinished_note(view),
         links="".join(f'<a href="#{key}">{title}</a>' for key, title, _ in shown),
-        sections="\n".join(
-            f'<section id="{key}"><h2>{title}</h2>{body}</section>' for key, title, body in shown
-        ),
+        sections="\n".join(f'<section id="{key}"><h2>{title}</h2>{body}</section>' for key, title, body in shown),
         style=COLOUR_CSS + style + CHART_CSS,
         script=script,
         script_hash=base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),

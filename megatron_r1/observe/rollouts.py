@@ -35,12 +35,11 @@ class RolloutWriter:
         groups: Sequence[Group],
         advantages: Sequence[Sequence[float]] | None = None,
     ) -> Path:
-        """Write a phase: groups [N] of completions [G], advantages [N][G] or None; returns the
-        file.
+        """Write groups [N] of completions [G], advantages [N][G] or None; returns the file.
 
-        step: optimizer steps done when the phase began. The file appears as a whole and replaces
-        one of the same step. The same input gives the same bytes. Raises ValueError when the
-        lengths differ or a number is not finite.
+        step: optimizer steps done when the phase began. A stage gives advantages always or never.
+        The file appears as a whole and replaces one of the same step; the same input gives the same
+        bytes. Raises ValueError when lengths differ, a score is missing or a number is not finite.
         """
         path = self._stage.rollout_file(step)
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -54,9 +53,7 @@ class RolloutWriter:
             gzip.GzipFile(filename="", fileobj=raw, mode="wb", mtime=0, compresslevel=4) as packed,
         ):
             for group, row in zip(groups, table, strict=True):
-                for index, (completion, advantage) in enumerate(
-                    zip(group.completions, row, strict=True)
-                ):
+                for index, (completion, advantage) in enumerate(zip(group.completions, row, strict=True)):
                     record = _record(step, group.prompt, index, completion, advantage)
                     line = json.dumps(record, ensure_ascii=False, allow_nan=False)
                     # "replace": half a surrogate pair, which a decoder may emit, is no UTF-8
@@ -72,35 +69,34 @@ class RolloutWriter:
         return gone
 
 
-def _record(
-    step: int, prompt: Prompt, index: int, completion: Completion, advantage: float | None
-) -> dict[str, Any]:
+def _record(step: int, prompt: Prompt, index: int, completion: Completion, advantage: float | None) -> dict[str, Any]:
+    # Every column keeps one type in every file: `datasets` takes the types from the first file, and
+    # a column of nulls, or of whole numbers, there would make it refuse the later ones.
     score = completion.score
+    if score is None:
+        raise ValueError(f"completion {index} of {prompt.id} has no score; score a phase, then write it")
     return {
         "step": step,
         "prompt_id": prompt.id,
         "sample": index,
         "question": prompt.question,
-        "answer": prompt.answer,
+        "answer": prompt.answer or "",
         "text": completion.text,
         "tokens": len(completion.token_ids),
         "finish_reason": completion.finish_reason,
         "weight_versions": list(completion.weight_versions),
-        "reward": score.total if score else None,
-        "reward_parts": dict(score.parts) if score else None,
-        "verdict": score.verdict.status if score else None,
-        "extracted": score.verdict.extracted if score else None,
-        "verdict_detail": score.verdict.detail if score else None,
-        "advantage": advantage,
+        "reward": float(score.total),
+        "reward_parts": {name: float(value) for name, value in score.parts.items()},
+        "verdict": score.verdict.status,
+        "extracted": score.verdict.extracted or "",
+        "verdict_detail": score.verdict.detail,
+        "advantage": None if advantage is None else float(advantage),
     }
 
 
 def rollout_files(stage_dir: Path) -> list[tuple[int, Path]]:
     """(step, file) of each phase of a stage, in order of steps."""
-    found = [
-        (_FILE.fullmatch(path.name), path)
-        for path in StageDir(Path(stage_dir)).rollouts.glob("step-*")
-    ]
+    found = [(_FILE.fullmatch(path.name), path) for path in StageDir(Path(stage_dir)).rollouts.glob("step-*")]
     return sorted((int(match.group(1)), path) for match, path in found if match)
 
 
@@ -111,9 +107,7 @@ def iterate_rollouts(path: Path) -> Iterator[dict[str, Any]]:
             for line in stream:
                 yield json.loads(line)
     except (OSError, EOFError, ValueError) as error:
-        raise UserError(
-            f"{path}: damaged rollout file ({error}); delete it and try again"
-        ) from error
+        raise UserError(f"{path}: damaged rollout file ({error}); delete it and try again") from error
 
 
 def read_rollouts(path: Path) -> list[dict[str, Any]]:

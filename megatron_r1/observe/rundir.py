@@ -123,9 +123,7 @@ class RunDir:
         """An existing run directory. Raises UserError when `path` is none."""
         run = cls(Path(path))
         if not run.path.is_dir():
-            raise UserError(
-                f"{path}: there is no such folder; give the folder of a run, e.g. runs/<name>"
-            )
+            raise UserError(f"{path}: there is no such folder; give the folder of a run, e.g. runs/<name>")
         if not any(p.is_file() for p in (run.stages_file, run.resolved, run.recipe)):
             raise UserError(
                 f"{path}: not a run directory, it has none of stages.json, resolved.toml, "
@@ -174,9 +172,7 @@ class RunDir:
         try:
             return [StageState(**stage) for stage in read_json(self.stages_file)["stages"]]
         except (KeyError, TypeError) as error:
-            raise UserError(
-                f"{self.stages_file}: not a list of stage states ({error}); {_RESTORE}"
-            ) from error
+            raise UserError(f"{self.stages_file}: not a list of stage states ({error}); {_RESTORE}") from error
 
     def write_stages(self, stages: Sequence[StageState]) -> None:
         """Replace stages.json."""
@@ -201,29 +197,23 @@ class RunDir:
         try:
             return [Departure(**item) for item in read_json(self.departures_file)]
         except TypeError as error:
-            raise UserError(
-                f"{self.departures_file}: not a list of departures ({error}); {_RESTORE}"
-            ) from error
+            raise UserError(f"{self.departures_file}: not a list of departures ({error}); {_RESTORE}") from error
 
     def write_departures(self, departures: Sequence[Departure]) -> None:
         """Replace departures.json."""
         write_json(self.departures_file, [dataclasses.asdict(item) for item in departures])
 
     def read_summary(self) -> tuple[list[SummaryTable], dict[str, str]]:
-        """(tables, facts) of summary.json; both empty before it is written."""
+        """(tables, facts) of summary.json; empty where it has none; other keys are ignored."""
         if not self.summary_file.exists():
             return [], {}
         try:
             summary = read_json(self.summary_file)
-            return [SummaryTable(**table) for table in summary.get("tables", [])], dict(
-                summary.get("facts", {})
-            )
+            return [SummaryTable(**table) for table in summary.get("tables", [])], dict(summary.get("facts", {}))
         except (AttributeError, TypeError, ValueError) as error:
             raise UserError(f"{self.summary_file}: not a summary ({error}); {_RESTORE}") from error
 
-    def write_summary(
-        self, tables: Sequence[SummaryTable], facts: Mapping[str, str] | None = None
-    ) -> None:
+    def write_summary(self, tables: Sequence[SummaryTable], facts: Mapping[str, str] | None = None) -> None:
         """Replace summary.json: {"tables": [{"title", "columns", "rows"}], "facts": {label:
         text}}.
         """

@@ -45,8 +45,7 @@ def summary(view: RunView) -> str:
     """Tiles with the main facts, and the before/after tables."""
     facts = {**dict(_derived_facts(view)), **view.facts}
     tiles = [
-        element("div", escape(value), "value") + element("div", escape(label), "what")
-        for label, value in facts.items()
+        element("div", escape(value), "value") + element("div", escape(label), "what") for label, value in facts.items()
     ]
     blocks = [element("div", "".join(element("div", tile, "tile") for tile in tiles), "tiles")]
     for one in view.tables:
@@ -72,7 +71,7 @@ def _derived_facts(view: RunView) -> list[tuple[str, str]]:
         if recent:
             mean = sum(recent) / len(recent)
             value = format_value(mean, METRICS[name].unit)
-            facts.append((f"{label}, mean of the last {len(recent)} phases", value))
+            facts.append((f"{label}, last {len(recent)} phases", value))
     sampled = sum(finite("rollout/tokens"))
     if sampled:
         facts.append(("tokens sampled", format_value(sampled, "tokens")))
@@ -99,8 +98,7 @@ def learning_curve(view: RunView) -> str:
     if not charts:
         return ""
     text = (
-        "Solid lines: prompts trained on, smoothed over the faint raw values. "
-        "Dots: evaluations on held-out problems."
+        "Solid lines: prompts trained on, smoothed over the faint raw values. Dots: evaluations on held-out problems."
     )
     return note(text) + element("div", _figures(charts), "charts wide")
 
@@ -139,6 +137,9 @@ def _result(state: StageState) -> str:
         label = evaluation_label(name, state.result.get("eval/k"))
         if name in METRICS and isinstance(value, (int, float)):
             parts.append(f"{label} {format_value(float(value), METRICS[name].unit)}")
+        elif isinstance(value, dict):
+            counts = ", ".join(f"{key} {count}" for key, count in value.items())
+            parts.append(f"{label} ({counts})")
         else:
             parts.append(f"{label} {cell_text(value) if isinstance(value, float) else value}")
     return ", ".join(parts)
@@ -162,8 +163,7 @@ def completions(view: RunView) -> str:
         if not stage.phases:
             continue
         buttons = "".join(
-            f'<button type="button" data-stage="{i}" data-step="{p.step}">{p.step}</button>'
-            for p in stage.phases
+            f'<button type="button" data-stage="{i}" data-step="{p.step}">{p.step}</button>' for p in stage.phases
         )
         blocks.append(element("h3", escape(stage.state.name)))
         blocks.append(element("div", f"<span>step</span>{buttons}", "steps"))
@@ -176,9 +176,7 @@ def _phase(stage: int, phase: Phase) -> str:
         element("div", element("h4", title) + "".join(_card(row) for row in rows))
         for title, rows in (("Highest reward", phase.best), ("Lowest reward", phase.worst))
     )
-    head = (
-        f"Step {phase.step}: {phase.completions} completions, mean reward {phase.mean_reward:.3f}"
-    )
+    head = f"Step {phase.step}: {phase.completions} completions, mean reward {phase.mean_reward:.3f}"
     place = f'<div class="phase" data-stage="{stage}" data-step="{phase.step}">'
     return f"{place}{note(head)}{element('div', columns, 'pair')}</div>"
 
@@ -187,7 +185,7 @@ _ENDED = {"stop": "ended by itself", "length": "cut at the length limit", "abort
 
 
 def _card(row: Row) -> str:
-    parts = " + ".join(f"{name} {value:g}" for name, value in (row["reward_parts"] or {}).items())
+    parts = " + ".join(f"{name} {value:g}" for name, value in row["reward_parts"].items())
     head = badge(str(row["verdict"])) + element("b", f"reward {row['reward']:g}")
     if parts:
         head += element("span", escape(f"= {parts}"), "note")

@@ -24,7 +24,10 @@ def run_evaluation(stage: EvalStage, context: RunContext, start: Path | None) ->
     if start is not None:
         checkpoint_io.load_weights(start, trainer)
     engine = MegatronEngine(
-        trainer.chunks, context.world, context.tokenizer, context.arch["vocab_size"],
+        trainer.chunks,
+        context.world,
+        context.tokenizer,
+        context.arch["vocab_size"],
         context.arch["max_position_embeddings"],
     )
     metrics, styles, groups = evaluate(stage, context.tokenizer, engine, context.world, context.config.seed)

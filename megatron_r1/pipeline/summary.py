@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-
 from megatron_r1.observe.progress import table
 from megatron_r1.observe.rundir import RunDir, write_json
 

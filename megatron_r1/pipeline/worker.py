@@ -56,11 +56,11 @@ def _set_up_process(config: RunConfig) -> None:
 
 
 def _run_stages(config: RunConfig, run: RunDir, world: Any) -> None:
+    from megatron_r1.data.heldout import heldout_ids
     from megatron_r1.pipeline.summary import write_summary
     from megatron_r1.train.context import RunContext
     from megatron_r1.train.evaluate import heldout_prompts
     from megatron_r1.train.stopping import StopRequest
-    from megatron_r1.data.heldout import heldout_ids
 
     arch, tokenizer = preflight(config)
     evals = [stage for stage in config.stage if isinstance(stage, EvalStage)]

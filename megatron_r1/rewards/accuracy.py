@@ -69,9 +69,7 @@ def verify_choice(answer: str, prompt: Prompt) -> Verdict:
     if reference is None:
         raise ValueError(f"the reference answer {prompt.answer!r} is not one letter from A to H")
     letter = _choice(answer)
-    return Verdict(
-        status="correct" if letter == reference else "wrong", extracted=letter or vote_key(answer)
-    )
+    return Verdict(status="correct" if letter == reference else "wrong", extracted=letter or vote_key(answer))
 
 
 def settle_math(answer: str, prompt: Prompt) -> Verdict | None:
@@ -80,9 +78,8 @@ def settle_math(answer: str, prompt: Prompt) -> Verdict | None:
     """
     decision = same(answer, _reference(prompt))
     if decision is None and (unit := _unit(answer)) and (other := _unit(_reference(prompt))):
-        decision = (
-            None if unit == other else False
-        )  # math-verify drops units: 5 m would pass for 5 cm
+        # math-verify drops units: 5 m would pass for 5 cm.
+        decision = None if unit == other else False
     return None if decision is None else _verdict(decision, answer)
 
 
@@ -152,9 +149,8 @@ def prepare(verifier: str, prompt: Prompt) -> None:
     """
     if verifier == "math":
         importlib.import_module("math_verify")
-        logging.getLogger("math_verify").setLevel(
-            logging.ERROR
-        )  # it warns that its time-outs are off: they are
+        # It warns that its time-outs are off; they are meant to be.
+        logging.getLogger("math_verify").setLevel(logging.ERROR)
         _parse("1")  # its first parse builds tables for as long as ten others take
     elif verifier == "reasoning_gym":
         importlib.import_module("reasoning_gym")
@@ -191,15 +187,11 @@ def _reference(prompt: Prompt) -> str:
 
 
 def _words(text: str) -> str:
-    return " ".join(
-        plain(text).strip("\"'\u201c\u201d\u2018\u2019` ").rstrip(".").split()
-    ).casefold()
+    return " ".join(plain(text).strip("\"'\u201c\u201d\u2018\u2019` ").rstrip(".").split()).casefold()
 
 
 def _choice(text: str) -> str | None:
-    match = _CHOICE.fullmatch(
-        re.sub(r"\\(?:text|textbf|mathrm|mathbf)\s*\{([^{}]*)\}", r"\1", plain(text)).strip()
-    )
+    match = _CHOICE.fullmatch(re.sub(r"\\(?:text|textbf|mathrm|mathbf)\s*\{([^{}]*)\}", r"\1", plain(text)).strip())
     if match is None or _OTHER_CHOICE.search(match["tail"]):
         return None
     return str(match["label"] or match["bare"]).upper()
@@ -233,9 +225,7 @@ def _parse_reference(reference: str) -> tuple[Any, ...] | list[Any]:
 @functools.lru_cache(maxsize=128)
 def _reasoning_gym_scorer(task: str) -> Callable[[str, dict[str, Any]], float]:
     if task in _UNFIT_TASKS:
-        raise ValueError(
-            f"the reasoning_gym task {task!r} cannot be a reward: {_UNFIT_TASKS[task]}"
-        )
+        raise ValueError(f"the reasoning_gym task {task!r} cannot be a reward: {_UNFIT_TASKS[task]}")
     import reasoning_gym
 
     scorer: Callable[[str, dict[str, Any]], float] = reasoning_gym.get_score_answer_fn(task)

@@ -16,17 +16,11 @@ _LEAD = re.compile(
     r"|(?:最终|最后)?(?:的)?答案\s*(?:是|为|:|=)\s*:?\s*",
     re.IGNORECASE,
 )
-_MATH_MODE = re.compile(
-    r"\$\$(.*)\$\$|\$([^$]*)\$|\\\((.*)\\\)|\\\[(.*)\\\]|\*\*(.*)\*\*", re.DOTALL
-)
-_MONEY = re.compile(
-    r"\\?\$\s*(?=[0-9.+-])|(?<=[0-9])\s*(?:\\text\s*\{\s*dollars?\s*\}|dollars?)\s*$", re.IGNORECASE
-)
+_MATH_MODE = re.compile(r"\$\$(.*)\$\$|\$([^$]*)\$|\\\((.*)\\\)|\\\[(.*)\\\]|\*\*(.*)\*\*", re.DOTALL)
+_MONEY = re.compile(r"\\?\$\s*(?=[0-9.+-])|(?<=[0-9])\s*(?:\\text\s*\{\s*dollars?\s*\}|dollars?)\s*$", re.IGNORECASE)
 _TEXT = re.compile(r"\\(?:text|textbf|textit|mathrm|mathbf|mbox|operatorname)\s*\{([^{}]*)\}")
 _SPACE = re.compile(r"\\[,;: ]|\\q?quad(?![a-zA-Z])|~|\s+")
-_NOTHING = re.compile(
-    r"\\(?:left|right|displaystyle)(?![a-zA-Z])|\\!|\^\s*\{?\s*\\circ\s*\}?|°|\\?%"
-)
+_NOTHING = re.compile(r"\\(?:left|right|displaystyle)(?![a-zA-Z])|\\!|\^\s*\{?\s*\\circ\s*\}?|°|\\?%")
 _FRACTION = re.compile(r"\\[dtc]?frac\s*(\{[^{}]*\}|[0-9a-zA-Z])\s*(\{[^{}]*\}|[0-9a-zA-Z])")
 _GROUPED = re.compile(r"[+-]?[0-9]{1,3}(?:(?:,[0-9]{3})+|(?: [0-9]{3})+)(?:\.[0-9]+)?")
 _LOOSE_SPACE = re.compile(r"(?<![0-9]) +| +(?![0-9])")  # "1 2" must not become 12
@@ -56,9 +50,9 @@ def canonical(text: str) -> str:
     not hold.
 
     Dropped: what `plain` drops, spacing, `\\left` and `\\right`, degree and percent signs,
-    `\\text{}` and its like, thousands separators, the case of whole words (not of single letters,
-    which are variables or choices). Unified: `\\dfrac12` -> `\\frac{1}{2}`. Example: "1{,}234.50\\
-    " -> "1234.50".
+    `\\text{}` and its like, thousands separators, the case of words (not of one or two letters,
+    which are variables, choices or points; "no" is a word).
+    Unified: `\\dfrac12` -> `\\frac{1}{2}`. Example: "1{,}234.50" -> "1234.50".
     """
     text = _TEXT.sub(r"\1", plain(text))
     text = _NOTHING.sub("", text.replace("{,}", ","))

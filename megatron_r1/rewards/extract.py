@@ -69,9 +69,8 @@ def _last_box(text: str) -> tuple[str | None, bool]:
     One pass with a stack of open braces, so that thousands of unclosed boxes cost no more than
     thousands of letters.
     """
-    stack: list[
-        int
-    ] = []  # per open brace: where the content of its box begins, or -1 for a plain brace
+    # Per open brace: where the content of its box begins, or -1 for a plain brace.
+    stack: list[int] = []
     open_boxes = 0
     span: tuple[int, int] | None = None
     has_box = False
@@ -95,9 +94,7 @@ def _last_box(text: str) -> tuple[str | None, bool]:
 
 def _unwrap(content: str) -> str:
     """Take off boxes around nothing but a box: "\\boxed{2}" -> "2", "\\boxed{2}+1" unchanged."""
-    while (
-        len(content) <= MAX_ANSWER and (first := _BRACE.match(content)) and first["box"] is not None
-    ):
+    while len(content) <= MAX_ANSWER and (first := _BRACE.match(content)) and first["box"] is not None:
         depth, end = 0, -1
         for token in _BRACE.finditer(content):
             depth += (token["box"] or token["open"]) is not None

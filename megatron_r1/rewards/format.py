@@ -13,9 +13,7 @@ from megatron_r1.types import Completion
 
 _TAG = r"</?(?:think|answer)>"
 _INSIDE = rf"(?:(?!{_TAG}).)*+"  # possessive: a miss costs one pass, however long the thought
-_STRICT = re.compile(
-    rf"<think>{_INSIDE}</think>\s*<answer>(?P<answer>{_INSIDE})</answer>", re.DOTALL
-)
+_STRICT = re.compile(rf"<think>{_INSIDE}</think>\s*<answer>(?P<answer>{_INSIDE})</answer>", re.DOTALL)
 
 
 def format_reward(completion: Completion) -> int:

@@ -38,9 +38,8 @@ class RewardStats:
 
     completions: int
     verdicts: dict[str, int]  # always has the three statuses
-    unknown: dict[str, int] = field(
-        default_factory=dict
-    )  # reason, i.e. detail up to the first colon -> completions
+    # Reason, i.e. the verdict's detail up to the first colon -> completions.
+    unknown: dict[str, int] = field(default_factory=dict)
     no_answer: int = 0  # completions without an extractable answer, part of verdicts["wrong"]
     judged: int = 0  # distinct (prompt, answer) pairs
     pooled: int = 0  # of these, judged by worker processes
@@ -101,9 +100,7 @@ class Scorer:
             seconds=time.perf_counter() - begin,
         )
 
-    def _judge(
-        self, groups: Sequence[Group], answers: list[list[str | None]]
-    ) -> tuple[dict[_Key, Verdict], int]:
+    def _judge(self, groups: Sequence[Group], answers: list[list[str | None]]) -> tuple[dict[_Key, Verdict], int]:
         """Return a verdict for each distinct (prompt, answer), and how many workers gave."""
         assert self._accuracy is not None, "judging needs an accuracy reward"
         verdicts: dict[_Key, Verdict] = {}
@@ -123,22 +120,17 @@ class Scorer:
                     jobs[key] = Job(verifier=prompt.verifier, answer=answer, prompt=prompt)
                 else:
                     verdicts[key] = settled
-        judged = (
-            self._pool.verify_many(list(jobs.values()), self._accuracy.deadline) if jobs else []
-        )
+        judged = self._pool.verify_many(list(jobs.values()), self._accuracy.deadline) if jobs else []
         return verdicts | dict(zip(jobs, judged, strict=True)), len(jobs)
 
-    def _verdict(
-        self, prompt: Prompt, answer: str | None, verdicts: dict[_Key, Verdict]
-    ) -> Verdict:
+    def _verdict(self, prompt: Prompt, answer: str | None, verdicts: dict[_Key, Verdict]) -> Verdict:
         if self._accuracy is None:
             extracted = None if answer is None else vote_key(answer)
             return Verdict(status="unknown", extracted=extracted, detail=NOT_JUDGED)
         if answer is None:
             return Verdict(status="wrong", detail=NO_ANSWER)
-        return replace(
-            verdicts[_key(prompt, answer)]
-        )  # a copy: completions share no mutable object
+        # A copy: completions share no mutable object.
+        return replace(verdicts[_key(prompt, answer)])
 
     def _score(self, completion: Completion, verdict: Verdict) -> Score:
         parts: dict[str, float] = {}

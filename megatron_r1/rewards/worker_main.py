@@ -1,8 +1,8 @@
-"""One killable verifier process: `python -P -m megatron_r1.rewards.worker_main <parent pid>
-<address space in bytes>`.
+"""One killable verifier process, the other end of `rewards/workers.py`.
 
-The other end of `rewards/workers.py`. A fresh interpreter started by exec, so it holds none of the
-trainer's memory, CUDA state or locks and imports neither torch nor the trainer's main module.
+Started as `python -P -m megatron_r1.rewards.worker_main <parent pid> <address space in bytes>`. A
+fresh interpreter started by exec, so it holds none of the trainer's memory, CUDA state or locks and
+imports neither torch nor the trainer's main module.
 
 Protocol. Jobs come in on stdin as frames: 4 bytes big-endian length, then a pickle of (verifier,
 answer, prompt, deadline in seconds); the parent wrote them, so unpickling is safe. Replies go out
@@ -82,9 +82,7 @@ def _serve(frame: bytes, replies: int) -> bool:
     signal.setitimer(signal.ITIMER_REAL, deadline + _GRACE_SECONDS)
     verdict = guarded(verifier, answer, prompt)
     extracted = None if verdict.extracted is None else verdict.extracted[:_MAX_EXTRACTED]
-    _reply(
-        replies, {"status": verdict.status, "extracted": extracted, "detail": verdict.detail[:200]}
-    )
+    _reply(replies, {"status": verdict.status, "extracted": extracted, "detail": verdict.detail[:200]})
     # Memory that ran out once is fragmented, and a broken recursion may leave half-built caches.
     return not verdict.detail.startswith(("MemoryError", "RecursionError"))
 

@@ -30,7 +30,7 @@ from megatron_r1.types import Prompt
 logger = logging.getLogger(__name__)
 
 _CHUNK = 16 << 10
-_MAX_REPLY = 64 << 10  # bytes; an honest reply has less than 8 KiB
+_MAX_REPLY = 64 << 10  # bytes; an honest reply has less than 16 KiB
 
 
 class WorkerProcess:
@@ -105,18 +105,14 @@ class WorkerProcess:
                 selector.unregister(descriptor)
 
     def kill(self) -> str:
-        """SIGKILL to the whole process group, reap it, close the pipes. Returns the end of what it
-        wrote to stderr.
-        """
+        """SIGKILL the process group, reap it, close the pipes. Returns the end of its stderr."""
         with contextlib.suppress(ProcessLookupError):
-            os.killpg(
-                self.process.pid, signal.SIGKILL
-            )  # before the reaping, which frees the group's number
+            # Before the reaping, which frees the group's number for others.
+            os.killpg(self.process.pid, signal.SIGKILL)
         try:
             self.process.wait(timeout=30)
-        except (
-            subprocess.TimeoutExpired
-        ):  # stuck in the kernel (a dead network file system) with SIGKILL pending
+        except subprocess.TimeoutExpired:
+            # Stuck in the kernel (a dead network file system) with the signal pending.
             logger.warning("verifier worker %d does not die of SIGKILL", self.process.pid)
         size = os.fstat(self._stderr.fileno()).st_size
         tail = os.pread(self._stderr.fileno(), 2000, max(0, size - 2000))

@@ -80,9 +80,7 @@ class VerifierPool:
                 raise RuntimeError("the verifier pool is closed")
             try:
                 with selectors.DefaultSelector() as selector:
-                    return _Batch(
-                        self, self._workers, jobs, deadline or self._deadline, selector
-                    ).run()
+                    return _Batch(self, self._workers, jobs, deadline or self._deadline, selector).run()
             finally:  # after an exception or Ctrl-C no worker may keep a job that nobody awaits
                 for worker in [w for w in self._workers if w.job is not None]:
                     self._workers.remove(worker)
@@ -152,9 +150,7 @@ class _Batch:
             job = self.jobs[index]
             try:
                 payload = pack(job.verifier, job.answer, job.prompt, self.deadline)
-            except (
-                Exception
-            ) as error:  # metadata that cannot leave this process; said in the verdict
+            except Exception as error:  # metadata that cannot leave this process; said in the verdict
                 self._unknown(index, describe(error))
                 continue
             if not free:
@@ -176,11 +172,11 @@ class _Batch:
                 worker.started = True
                 worker.until = time.monotonic() + self.deadline
             elif "missing" in message:
+                package = _PACKAGES.get(job.verifier, job.verifier)
                 raise UserError(
-                    f"prompt {job.prompt.id}: the verifier {job.verifier!r} needs a package that is "
-                    f"not installed ({message['missing']}); pip install "
-                    f"{_PACKAGES.get(job.verifier, job.verifier)}, or give the prompts another "
-                    "`verifier`"
+                    f"prompt {job.prompt.id}: the verifier {job.verifier!r} needs a package that "
+                    f"is not installed ({message['missing']}); pip install {package}, or give the "
+                    "prompts another `verifier`"
                 )
             else:
                 if message["extracted"] is None:
@@ -203,9 +199,7 @@ class _Batch:
             self._unknown(index, detail)
             return
         self.todo.appendleft(index)
-        if (
-            worker.served
-        ):  # a sound one that was killed while idle, or retired after it ran out of memory
+        if worker.served:  # a sound one that was killed while idle, or retired after it ran out of memory
             return
         self.pool.failed_starts += 1
         logger.warning("a verifier worker failed to start: %s", last_words or "no message")

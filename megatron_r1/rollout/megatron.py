@@ -178,9 +178,7 @@ class MegatronEngine:
         row.token_ids.append(token)
         row.log_probs.append(log_prob)
         length = len(row.token_ids)
-        if token == self.tokenizer.eos_id:
-            row.finish_reason = "stop"
-        elif sampling.stop and self._hit_stop(row, sampling.stop):
+        if token == self.tokenizer.eos_id or (sampling.stop and self._hit_stop(row, sampling.stop)):
             row.finish_reason = "stop"
         elif length >= sampling.max_new_tokens or len(row.prompt.token_ids) + length >= self.max_length:
             row.finish_reason = "length"

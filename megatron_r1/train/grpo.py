@@ -36,8 +36,13 @@ def grpo(stage: GrpoStage, context: RunContext, start: Path | None) -> dict[str,
     """
     world, config = context.world, stage.grpo
     trainer = Trainer(
-        context.arch, context.config.model, world, stage.optimizer, stage.steps,
-        train_mtp=False, expert_bias_frozen=config.expert_bias == "frozen",
+        context.arch,
+        context.config.model,
+        world,
+        stage.optimizer,
+        stage.steps,
+        train_mtp=False,
+        expert_bias_frozen=config.expert_bias == "frozen",
     )
     reference = Reference(trainer.models, step=0) if config.loss.needs_reference else None
     engine = MegatronEngine(
@@ -125,8 +130,11 @@ def _optimize(
     began = time.monotonic()
     world = context.world
     shards = make_micro_batches(
-        minibatch, max_tokens=stage.micro_batch_tokens, pad_id=context.tokenizer.pad_id,
-        multiple_of=length_multiple(world), shards=world.data_size,
+        minibatch,
+        max_tokens=stage.micro_batch_tokens,
+        pad_id=context.tokenizer.pad_id,
+        multiple_of=length_multiple(world),
+        shards=world.data_size,
     )
     objective = PolicyObjective(
         config=stage.grpo.loss,

@@ -32,7 +32,10 @@ class _LogProbs:
 
     def loss(self, output: torch.Tensor, batch: MicroBatch) -> Any:
         log_probs_BT, _ = log_probs_and_entropy(
-            output, batch.labels_BT, vocab_size=self.vocab_size, temperature=self.temperature,
+            output,
+            batch.labels_BT,
+            vocab_size=self.vocab_size,
+            temperature=self.temperature,
             group=self.world.tensor_group,
         )
         zero = output.new_zeros(())

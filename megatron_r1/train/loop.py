@@ -25,6 +25,7 @@ logger = logging.getLogger(__name__)
 
 _RECORD_SECONDS = 5.0  # between two updates of stages.json
 
+
 class NonFinite(RuntimeError):
     """The loss or the gradient is NaN or infinite; the batch is on disk and the last checkpoint is untouched."""
 

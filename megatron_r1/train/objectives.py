@@ -48,9 +48,7 @@ class LanguageModelObjective:
 
     def forward(self, model: torch.nn.Module, batch: MicroBatch) -> torch.Tensor:
         """[B, T] per-token losses on the last stage."""
-        return model(
-            batch.tokens_BT, batch.positions_BT, None, labels=batch.labels_BT, loss_mask=batch.loss_mask_BT
-        )
+        return model(batch.tokens_BT, batch.positions_BT, None, labels=batch.labels_BT, loss_mask=batch.loss_mask_BT)
 
     def loss(self, output: torch.Tensor, batch: MicroBatch) -> LossOutput:
         """Sum of the losses where loss_mask is 1."""
@@ -70,8 +68,17 @@ class PolicyObjective:
     vocab_size: int
     world: World
     metric_names: tuple[str, ...] = (
-        "loss", "tokens", "ratio", "clip_low", "clip_high", "dual_clip", "kl_k3", "log_ratio_abs", "entropy",
-        "mismatch_abs", "mismatch_k3",
+        "loss",
+        "tokens",
+        "ratio",
+        "clip_low",
+        "clip_high",
+        "dual_clip",
+        "kl_k3",
+        "log_ratio_abs",
+        "entropy",
+        "mismatch_abs",
+        "mismatch_k3",
     )
 
     def forward(self, model: torch.nn.Module, batch: MicroBatch) -> torch.Tensor:
@@ -81,16 +88,23 @@ class PolicyObjective:
     def loss(self, output: torch.Tensor, batch: MicroBatch) -> LossOutput:
         """The weighted sum of the per-token objective, ready for Megatron's division by the token count."""
         log_probs_BT, entropy_BT = log_probs_and_entropy(
-            output, batch.labels_BT, vocab_size=self.vocab_size, temperature=self.temperature,
+            output,
+            batch.labels_BT,
+            vocab_size=self.vocab_size,
+            temperature=self.temperature,
             group=self.world.tensor_group,
         )
         mask = batch.loss_mask_BT
-        weights = token_weights(
-            mask, batch.response_lengths_B, self.denominators, self.config, self.length_constant
-        )
+        weights = token_weights(mask, batch.response_lengths_B, self.denominators, self.config, self.length_constant)
         result = policy_loss(
-            log_probs_BT, batch.old_log_probs_BT, batch.advantages_B, mask, weights, self.config,
-            reference_log_probs_BT=batch.reference_log_probs_BT, response_lengths_B=batch.response_lengths_B,
+            log_probs_BT,
+            batch.old_log_probs_BT,
+            batch.advantages_B,
+            mask,
+            weights,
+            self.config,
+            reference_log_probs_BT=batch.reference_log_probs_BT,
+            response_lengths_B=batch.response_lengths_B,
         )
         nothing = output.new_zeros(())  # without a reference there is no KL to report
         sums = {name: result.metrics.get(name, nothing) for name in self.metric_names}

@@ -74,9 +74,7 @@ def sample_groups(
     everything: list[Group] = []
     spent = {"time/rollout": 0.0, "time/reward": 0.0}
     rounds = 0
-    while rounds == 0 or (
-        grpo.dynamic_sampling and len(kept) < grpo.prompts and rounds < grpo.max_resampling
-    ):
+    while rounds == 0 or (grpo.dynamic_sampling and len(kept) < grpo.prompts and rounds < grpo.max_resampling):
         prompts = cursor.take(grpo.prompts)
         groups = _one_round(stage, prompts, engine, scorer, world, _phase_seed(seed, rounds), progress, spent)
         everything += groups

@@ -24,11 +24,13 @@ def pretrain(stage: PretrainStage, context: RunContext, start: Path | None) -> d
     start: checkpoint whose weights it begins with; None: fresh ones.
     """
     world, tokenizer = context.world, context.tokenizer
-    trainer = Trainer(
-        context.arch, context.config.model, world, stage.optimizer, stage.steps, mtp_loss=stage.mtp_loss
-    )
+    trainer = Trainer(context.arch, context.config.model, world, stage.optimizer, stage.steps, mtp_loss=stage.mtp_loss)
     batches = TextBatches(
-        stage.corpus, tokenizer, batch_tokens=stage.batch_tokens, steps=stage.steps, seed=context.config.seed,
+        stage.corpus,
+        tokenizer,
+        batch_tokens=stage.batch_tokens,
+        steps=stage.steps,
+        seed=context.config.seed,
         exclude=context.heldout,
     )
     with StageLoop(stage, context, trainer) as loop:
@@ -39,8 +41,11 @@ def pretrain(stage: PretrainStage, context: RunContext, start: Path | None) -> d
             began = time.monotonic()
             samples = batches.take(trainer.step)
             shards = make_micro_batches(
-                samples, max_tokens=stage.micro_batch_tokens, pad_id=tokenizer.pad_id,
-                multiple_of=length_multiple(world), shards=world.data_size,
+                samples,
+                max_tokens=stage.micro_batch_tokens,
+                pad_id=tokenizer.pad_id,
+                multiple_of=length_multiple(world),
+                shards=world.data_size,
             )
             mine = [batch.to(world.device) for batch in shards[world.data_rank]]
             result = trainer.train_step(mine, LanguageModelObjective())

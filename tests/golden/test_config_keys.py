@@ -31,8 +31,7 @@ def test_config_keys_are_those_of_the_golden_file() -> None:
     now = config_keys()
     gone, new = sorted(set(golden) - set(now)), sorted(set(now) - set(golden))
     assert not gone and not new, (
-        f"gone: {gone}, new: {new}. If meant: note it in CHANGELOG.md and run "
-        "`python -m tests.golden.test_config_keys`"
+        f"gone: {gone}, new: {new}. If meant: note it in CHANGELOG.md and run `python -m tests.golden.test_config_keys`"
     )
 
 

@@ -86,12 +86,7 @@ def test_run_writes_its_files_and_starts_the_layouts_ranks(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     recipe = write(tmp_path)
-    assert (
-        cli.main(
-            ["run", str(recipe), "parallel.tensor=2", "parallel.data=2", "threads=3", "seed=7"]
-        )
-        == 0
-    )
+    assert cli.main(["run", str(recipe), "parallel.tensor=2", "parallel.data=2", "threads=3", "seed=7"]) == 0
     run_dir = tmp_path / "runs" / "demo"
     command, nproc, log_dir, env = calls["launch"]
     assert nproc == 4
@@ -107,22 +102,16 @@ def test_run_writes_its_files_and_starts_the_layouts_ranks(
     assert "departures from the paper's R1-Zero: none" in capsys.readouterr().out
 
 
-def test_going_on_from_the_resolved_recipe_keeps_the_first_recipe(
-    tmp_path: Path, calls: dict[str, Any]
-) -> None:
+def test_going_on_from_the_resolved_recipe_keeps_the_first_recipe(tmp_path: Path, calls: dict[str, Any]) -> None:
     run_dir = tmp_path / "run"
     recipe = write(tmp_path)
     assert cli.main(["run", str(recipe), "--run-dir", str(run_dir)]) == 0
-    assert (
-        cli.main(["run", str(run_dir / "resolved.toml"), "seed=9", "--run-dir", str(run_dir)]) == 0
-    )
+    assert cli.main(["run", str(run_dir / "resolved.toml"), "seed=9", "--run-dir", str(run_dir)]) == 0
     assert (run_dir / "recipe.toml").read_text() == recipe.read_text()
     assert tomllib.loads((run_dir / "resolved.toml").read_text())["seed"] == 9
 
 
-def test_nproc_must_fit_the_layout(
-    tmp_path: Path, calls: dict[str, Any], capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_nproc_must_fit_the_layout(tmp_path: Path, calls: dict[str, Any], capsys: pytest.CaptureFixture[str]) -> None:
     recipe = str(write(tmp_path))
     run_dir = ["--run-dir", str(tmp_path / "run")]
     assert cli.main(["run", recipe, "--nproc", "4", "parallel.tensor=2", *run_dir]) == 0
@@ -137,15 +126,10 @@ def test_a_stopped_run_says_how_to_go_on(
 ) -> None:
     calls["status"] = 130
     assert cli.main(["run", str(write(tmp_path)), "--run-dir", str(tmp_path / "run")]) == 130
-    assert (
-        f"megatron-r1 run {tmp_path}/run/resolved.toml --run-dir {tmp_path}/run"
-        in capsys.readouterr().err
-    )
+    assert f"megatron-r1 run {tmp_path}/run/resolved.toml --run-dir {tmp_path}/run" in capsys.readouterr().err
 
 
-def test_a_rank_becomes_a_worker(
-    tmp_path: Path, calls: dict[str, Any], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_rank_becomes_a_worker(tmp_path: Path, calls: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("RANK", "1")
     monkeypatch.setenv("WORLD_SIZE", "2")
     run_dir = tmp_path / "run"
@@ -185,12 +169,8 @@ def test_a_users_mistake_is_one_message_and_status_2(
     assert "Traceback" not in error
 
 
-@pytest.mark.parametrize(
-    "arguments", [["run", "x", "--nope"], ["run", "x", "--nproc", "0"], ["report"], []]
-)
-def test_bad_arguments_are_status_2(
-    arguments: list[str], capsys: pytest.CaptureFixture[str]
-) -> None:
+@pytest.mark.parametrize("arguments", [["run", "x", "--nope"], ["run", "x", "--nproc", "0"], ["report"], []])
+def test_bad_arguments_are_status_2(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as caught:
         cli.main(arguments)
     assert caught.value.code == 2
@@ -225,7 +205,5 @@ def test_the_parent_process_imports_nothing_heavy(tmp_path: Path) -> None:
         "set(sys.modules)\n"
         "sys.exit(f'loaded: {sorted(heavy)}' if heavy else 0)"
     )
-    result = subprocess.run(
-        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60
-    )
+    result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60)
     assert result.returncode == 0, result.stderr

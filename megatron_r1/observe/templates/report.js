@@ -37,7 +37,7 @@ for (const svg of document.querySelectorAll("svg[data-hover]")) {
     tip.textContent = "step " + at + "\n" + lines.join("\n");
     tip.hidden = false;
     const room = window.innerWidth - event.clientX - tip.offsetWidth - 24;
-    tip.style.left = event.pageX + (room > 0 ? 16 : -tip.offsetWidth - 16) + "px";
+    tip.style.left = Math.max(4, event.pageX + (room > 0 ? 16 : -tip.offsetWidth - 16)) + "px";
     tip.style.top = event.pageY + 14 + "px";
     const line = xHigh === xLow ? (xStart + xEnd) / 2 : xStart + (at - xLow) / (xHigh - xLow) * (xEnd - xStart);
     rule.setAttribute("x1", line);

@@ -42,9 +42,7 @@ def test_scale_none_only_centres() -> None:
 
 
 @pytest.mark.parametrize("std", ["population", "sample"])
-@pytest.mark.parametrize(
-    "rewards", [[0.1] * 3, [0.1 + 0.2, 0.3], [1.0] * 16, [-1e6] * 7, [0.7], []]
-)
+@pytest.mark.parametrize("rewards", [[0.1] * 3, [0.1 + 0.2, 0.3], [1.0] * 16, [-1e6] * 7, [0.7], []])
 def test_equal_rewards_give_exact_zeros(rewards: list[float], std: str) -> None:
     assert advantages(rewards, std=std, epsilon=0.0) == [0.0] * len(rewards)
     assert not has_signal(torch.tensor(rewards, dtype=torch.float64))

@@ -68,10 +68,7 @@ def test_keep_only_counts() -> None:
 
 def test_each_group_is_counted_once_under_the_first_refusal() -> None:
     def no_unknown(candidate: Group) -> Decision:
-        unknown = any(
-            c.score is not None and c.score.verdict.status == "unknown"
-            for c in candidate.completions
-        )
+        unknown = any(c.score is not None and c.score.verdict.status == "unknown" for c in candidate.completions)
         return Decision(keep=not unknown, reason="unknown_verdict" if unknown else "")
 
     result = apply_filters(EVERY, [no_unknown, signal])

@@ -162,9 +162,7 @@ def test_value_and_gradient_of_every_option(keys: dict[str, Any]) -> None:
     loss = run(batch, config, log_probs).loss
     expected = reference_loss(batch.log_probs.tolist(), batch, config)
     assert loss.item() == pytest.approx(expected, rel=1e-12)
-    torch.testing.assert_close(
-        gradient_of(loss, log_probs), reference_gradient(batch, config), rtol=1e-6, atol=1e-9
-    )
+    torch.testing.assert_close(gradient_of(loss, log_probs), reference_gradient(batch, config), rtol=1e-6, atol=1e-9)
 
 
 def test_the_papers_objective_by_hand() -> None:
@@ -287,15 +285,11 @@ def test_masked_positions_may_hold_anything(keys: dict[str, Any], garbage: float
 
 @pytest.mark.parametrize("keys", [{}, {"ratio": "sequence"}], ids=str)
 @pytest.mark.parametrize("shape", [(2, 3), (0, 3), (2, 0)], ids=str)
-def test_an_empty_mask_gives_a_zero_that_can_be_back_propagated(
-    keys: dict[str, Any], shape: tuple[int, int]
-) -> None:
+def test_an_empty_mask_gives_a_zero_that_can_be_back_propagated(keys: dict[str, Any], shape: tuple[int, int]) -> None:
     log_probs = torch.full(shape, -math.inf, requires_grad=True)
     mask = torch.zeros(shape)
     weights, advantages = torch.ones(shape), torch.ones(shape[0])
-    result = policy_loss(
-        log_probs, None, advantages, mask, weights, LossConfig(**keys), log_probs.detach()
-    )
+    result = policy_loss(log_probs, None, advantages, mask, weights, LossConfig(**keys), log_probs.detach())
     assert result.loss.item() == 0.0
     assert torch.equal(gradient_of(result.loss, log_probs), torch.zeros(shape))
     assert all(value.item() == 0 for value in result.metrics.values())
@@ -305,9 +299,7 @@ def test_on_policy_ratio_is_exactly_one_and_the_gradient_is_the_policy_gradient(
     batch = Batch()
     log_probs = leaf(batch.log_probs.float())
     weights = token_weights(batch.mask, batch.lengths, batch.denominators, LossConfig())
-    result = policy_loss(
-        log_probs, None, batch.advantages, batch.mask, weights, LossConfig(kl="none")
-    )
+    result = policy_loss(log_probs, None, batch.advantages, batch.mask, weights, LossConfig(kl="none"))
     assert result.metrics["ratio"].item() == batch.mask.sum().item()
     assert result.metrics["log_ratio_abs"].item() == 0.0
     expected = -weights * batch.advantages.float().unsqueeze(1)
@@ -338,7 +330,5 @@ def test_a_needed_reference_is_demanded() -> None:
     zeros = torch.zeros(1, 1)
     with pytest.raises(ValueError, match="reference"):
         policy_loss(zeros, None, torch.ones(1), torch.ones(1, 1), zeros, LossConfig())
-    result = policy_loss(
-        zeros, None, torch.ones(1), torch.ones(1, 1), zeros, LossConfig(kl_coefficient=0.0)
-    )
+    result = policy_loss(zeros, None, torch.ones(1), torch.ones(1, 1), zeros, LossConfig(kl_coefficient=0.0))
     assert "kl_k3" not in result.metrics

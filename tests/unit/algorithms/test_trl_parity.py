@@ -65,9 +65,7 @@ def trl_trainer(log_probs: Tensor, accumulation: int, **keys: Any) -> SimpleName
         "importance_sampling_level": "token",
         **keys,
     }
-    args = SimpleNamespace(
-        delta=settings.pop("delta"), use_bias_correction_kl=False, steps_per_generation=accumulation
-    )
+    args = SimpleNamespace(delta=settings.pop("delta"), use_bias_correction_kl=False, steps_per_generation=accumulation)
     accelerator = SimpleNamespace(
         num_processes=1, gather=lambda tensor: tensor, reduce=lambda tensor, reduction: tensor
     )
@@ -115,15 +113,11 @@ def trl_loss(
     return loss, trainer._metrics["train"]
 
 
-def our_loss(
-    data: dict[str, Tensor], log_probs: Tensor, config: LossConfig
-) -> tuple[Tensor, dict[str, Tensor]]:
+def our_loss(data: dict[str, Tensor], log_probs: Tensor, config: LossConfig) -> tuple[Tensor, dict[str, Tensor]]:
     """Our loss of the whole batch, and its metrics."""
     lengths = data["mask"].sum(1)
     everything = Denominators(sequences=len(lengths), tokens=int(lengths.sum()))
-    weights = token_weights(
-        data["mask"], lengths, everything, config, MAX_COMPLETION_LENGTH, dtype=torch.float64
-    )
+    weights = token_weights(data["mask"], lengths, everything, config, MAX_COMPLETION_LENGTH, dtype=torch.float64)
     result = policy_loss(
         log_probs,
         data["old"],
@@ -189,10 +183,7 @@ def test_global_token_mean_over_micro_batches() -> None:
     data = inputs(2)
     log_probs = data["log_probs"].clone().requires_grad_()
     # Each call scales by steps_per_generation / accumulation = 1; the window is the whole batch.
-    parts = [
-        trl_loss(data, log_probs, rows, 2, loss_type="dapo", beta=0.1)[0]
-        for rows in (slice(0, 2), slice(2, 6))
-    ]
+    parts = [trl_loss(data, log_probs, rows, 2, loss_type="dapo", beta=0.1)[0] for rows in (slice(0, 2), slice(2, 6))]
     config = LossConfig(clip_low=0.2, aggregation="token-mean", kl_coefficient=0.1)
     ours, _ = our_loss(data, log_probs, config)
     assert_same(data, ours, parts[0] + parts[1], log_probs)

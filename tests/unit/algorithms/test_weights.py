@@ -37,9 +37,7 @@ def test_count() -> None:
     ids=str,
 )
 @pytest.mark.parametrize("mask", [MASK, MASK.bool(), MASK.float()], ids=["int", "bool", "float"])
-def test_weights(
-    keys: dict[str, str], fallback: int | None, rows: list[float], mask: torch.Tensor
-) -> None:
+def test_weights(keys: dict[str, str], fallback: int | None, rows: list[float], mask: torch.Tensor) -> None:
     a, b = rows
     expected = torch.tensor([[0, a, a, a], [b, 0, 0, 0], [0, 0, 0, 0]])
     config = LossConfig.model_validate(keys)

@@ -58,9 +58,7 @@ def parent(folder: Path, command: list[str], nproc: int, **options: float) -> su
         "import sys; from pathlib import Path; from megatron_r1.cluster.local import launch\n"
         f"sys.exit(launch({command!r}, {nproc}, Path({str(folder / 'logs')!r}), **{options!r}))"
     )
-    return subprocess.Popen(
-        [sys.executable, "-c", code], cwd=ROOT, stderr=subprocess.PIPE, text=True
-    )
+    return subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, stderr=subprocess.PIPE, text=True)
 
 
 def test_every_rank_knows_its_place(tmp_path: Path) -> None:
@@ -75,9 +73,7 @@ def test_every_rank_knows_its_place(tmp_path: Path) -> None:
     assert signal.getsignal(signal.SIGTERM) == before
 
 
-def test_rank_zero_has_the_terminal_and_the_others_have_logs(
-    tmp_path: Path, capfd: pytest.CaptureFixture[str]
-) -> None:
+def test_rank_zero_has_the_terminal_and_the_others_have_logs(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     command = script(tmp_path, "print('out', R, flush=True); print('err', R, file=sys.stderr)")
     assert launch(command, 2, tmp_path / "logs") == 0
     assert capfd.readouterr() == ("out 0\n", "err 0\n")
@@ -109,9 +105,7 @@ def test_a_failing_rank_ends_the_others_and_is_quoted(tmp_path: Path) -> None:
 def test_the_others_may_end_by_themselves_within_the_grace(tmp_path: Path) -> None:
     body = "sys.exit(3) if R == 0 else (time.sleep(0.3), mark('saved'))"
     errors = io.StringIO()
-    assert (
-        launch(script(tmp_path, body), 2, tmp_path / "logs", grace_seconds=20, errors=errors) == 3
-    )
+    assert launch(script(tmp_path, body), 2, tmp_path / "logs", grace_seconds=20, errors=errors) == 3
     assert (tmp_path / "1.saved").exists()
     assert "rank 0 of 2 died: exit status 3" in errors.getvalue()
     assert "its output is above" in errors.getvalue()
@@ -121,9 +115,7 @@ def test_a_rank_killed_by_a_signal_is_named(tmp_path: Path) -> None:
     errors = io.StringIO()
     command = script(tmp_path, "os.kill(os.getpid(), signal.SIGKILL) if R == 1 else time.sleep(60)")
     assert launch(command, 2, tmp_path / "logs", grace_seconds=0.1, errors=errors) == 128 + 9
-    assert (
-        "rank 1 of 2 died: killed by SIGKILL (often the kernel, out of memory)" in errors.getvalue()
-    )
+    assert "rank 1 of 2 died: killed by SIGKILL (often the kernel, out of memory)" in errors.getvalue()
     assert "it wrote nothing to" in errors.getvalue()
 
 
@@ -181,9 +173,7 @@ def test_a_second_signal_kills_at_once(tmp_path: Path) -> None:
 
 
 def test_ranks_that_do_not_stop_are_killed_at_the_deadline(tmp_path: Path) -> None:
-    deaf = (
-        "signal.signal(signal.SIGTERM, signal.SIG_IGN); mark('ready')\nwhile True: time.sleep(0.02)"
-    )
+    deaf = "signal.signal(signal.SIGTERM, signal.SIG_IGN); mark('ready')\nwhile True: time.sleep(0.02)"
     running = parent(tmp_path, script(tmp_path, deaf), 2, stop_seconds=0.3)
     wait_for(lambda: marked(tmp_path, "0.ready", "1.ready"), "the ranks")
     running.terminate()
@@ -193,9 +183,7 @@ def test_ranks_that_do_not_stop_are_killed_at_the_deadline(tmp_path: Path) -> No
 
 
 def test_ctrl_c_does_not_reach_the_ranks_directly(tmp_path: Path) -> None:
-    command = script(
-        tmp_path, "os.kill(os.getpid(), signal.SIGINT); time.sleep(0.1); mark('survived')"
-    )
+    command = script(tmp_path, "os.kill(os.getpid(), signal.SIGINT); time.sleep(0.1); mark('survived')")
     assert launch(command, 1, tmp_path / "logs") == 0
     assert marked(tmp_path, "0.survived")
 

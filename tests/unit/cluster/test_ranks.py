@@ -55,9 +55,7 @@ def test_srun_with_an_address() -> None:
     }
 
 
-def test_srun_asks_scontrol_for_the_first_host(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_srun_asks_scontrol_for_the_first_host(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     fake = tmp_path / "scontrol"
     fake.write_text('#!/bin/sh\n[ "$*" = "show hostnames n[1-2]" ] && printf "n1\\nn2\\n"\n')
     fake.chmod(0o755)
@@ -65,9 +63,7 @@ def test_srun_asks_scontrol_for_the_first_host(
     variables = rank_variables(STEP)
     assert variables is not None
     assert variables["MASTER_ADDR"] == "n1"
-    with pytest.raises(
-        UserError, match="export MASTER_ADDR"
-    ):  # never a world of one under a wrong name
+    with pytest.raises(UserError, match="export MASTER_ADDR"):  # never a world of one under a wrong name
         rank_variables({**STEP, "SLURM_STEP_NODELIST": "other"})
     monkeypatch.setenv("PATH", str(tmp_path / "empty"))
     with pytest.raises(UserError, match="export MASTER_ADDR"):

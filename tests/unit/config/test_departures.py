@@ -49,9 +49,7 @@ def test_the_papers_recipe_departs_in_nothing(tmp_path: Path) -> None:
         ("prompts.template", "plain", "r1-zero", "plain"),
     ],
 )
-def test_one_departure_at_a_time(
-    tmp_path: Path, key: str, value: str, paper: str, here: str
-) -> None:
+def test_one_departure_at_a_time(tmp_path: Path, key: str, value: str, paper: str, here: str) -> None:
     assert found(tmp_path, f"stage.1.{key}={value}") == {f"stage.r1.zero.{key}": (paper, here)}
 
 
@@ -65,9 +63,7 @@ def test_clip_low_moves_both_sides(tmp_path: Path) -> None:
 def test_a_kl_term_that_is_off_is_one_departure(tmp_path: Path) -> None:
     off = found(tmp_path, "stage.1.grpo.loss.kl=none", "stage.1.grpo.loss.reference_every=0")
     assert off == {"stage.r1.zero.grpo.loss.kl": ("k3", "none")}
-    zero = found(
-        tmp_path, "stage.1.grpo.loss.kl_coefficient=0.0", "stage.1.grpo.loss.reference_every=0"
-    )
+    zero = found(tmp_path, "stage.1.grpo.loss.kl_coefficient=0.0", "stage.1.grpo.loss.reference_every=0")
     assert zero == {"stage.r1.zero.grpo.loss.kl_coefficient": ("0.001", "0")}
 
 
@@ -83,9 +79,7 @@ def test_only_the_proportion_of_the_reward_weights_matters(tmp_path: Path) -> No
 
 
 def test_evaluation_is_compared_with_the_papers_evaluation(tmp_path: Path) -> None:
-    assert found(tmp_path, "stage.final.sampling.temperature=1.0") == {
-        "stage.final.sampling.temperature": ("0.6", "1")
-    }
+    assert found(tmp_path, "stage.final.sampling.temperature=1.0") == {"stage.final.sampling.temperature": ("0.6", "1")}
 
 
 def test_a_departure_reads_as_a_sentence() -> None:

@@ -79,16 +79,11 @@ def test_paths_are_relative_to_the_file_or_for_overrides_to_the_working_director
 
 
 def test_every_mistake_is_listed_at_once(tmp_path: Path) -> None:
-    text = MINIMAL.replace("steps = 16", 'stesp = 16\nsteps = "16"').replace(
-        'kind = "format"', 'kind = "formal"'
-    )
+    text = MINIMAL.replace("steps = 16", 'stesp = 16\nsteps = "16"').replace('kind = "format"', 'kind = "formal"')
     lines = message(write(tmp_path, text), "sede=3", "stage.0.optimizer.lr=-1").splitlines()
     assert lines[0].endswith("recipe.toml has 5 mistakes:")
     found = "\n".join(lines)
-    assert (
-        "recipe.toml, stage.r1.zero.stesp: unknown key; did you mean 'steps'? (allowed here: "
-        in found
-    )
+    assert "recipe.toml, stage.r1.zero.stesp: unknown key; did you mean 'steps'? (allowed here: " in found
     assert 'recipe.toml, stage.r1.zero.steps: expected an integer, got "16" (a string)' in found
     assert "stage.r1.zero.reward.1.kind: got \"formal\" (a string); did you mean 'format'?" in found
     assert "(allowed: accuracy, format)" in found
@@ -159,9 +154,7 @@ def test_bad_overrides(tmp_path: Path, override: str, expected: str) -> None:
 
 def test_unreadable_files(tmp_path: Path) -> None:
     write(tmp_path)
-    assert "did you mean 'recipe.toml'? (TOML files there: recipe.toml)" in message(
-        tmp_path / "recipes.toml"
-    )
+    assert "did you mean 'recipe.toml'? (TOML files there: recipe.toml)" in message(tmp_path / "recipes.toml")
     assert "nor does its folder" in message(tmp_path / "no" / "recipe.toml")
     assert "is a folder" in message(tmp_path)
     assert "no valid TOML" in message(write(tmp_path, "name = demo"))

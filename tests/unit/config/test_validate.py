@@ -38,9 +38,7 @@ MOE: dict[str, Any] = {
 
 
 def preset(name: str) -> dict[str, Any]:
-    text = (resources.files("megatron_r1.model") / "presets" / f"{name}.json").read_text(
-        encoding="utf-8"
-    )
+    text = (resources.files("megatron_r1.model") / "presets" / f"{name}.json").read_text(encoding="utf-8")
     return dict(json.loads(text))
 
 
@@ -57,8 +55,8 @@ def problems(architecture: dict[str, Any], world: int | None = None, **layout: i
     ("name", "world", "layout"),
     [
         ("tiny-moe", 1, {}),
-        ("tiny-moe", 12, {"tensor": 2, "pipeline": 3, "expert": 2}),
-        ("tiny-dense", 4, {"tensor": 2, "context": 2}),
+        ("tiny-dense", 1, {}),
+        ("moonlight-16b-a3b", 8, {"tensor": 2, "pipeline": 1, "expert": 8}),
         ("qwen2.5-7b", 8, {"tensor": 4}),
         ("deepseek-v3", 64, {"expert": 64}),
     ],
@@ -233,9 +231,7 @@ def test_sequence_lengths() -> None:
 
 
 def test_an_architecture_without_its_numbers() -> None:
-    with pytest.raises(
-        UserError, match="num_hidden_layers must be a whole number above 0, got nothing"
-    ):
+    with pytest.raises(UserError, match="num_hidden_layers must be a whole number above 0, got nothing"):
         check_layout({k: v for k, v in DENSE.items() if k != "num_hidden_layers"}, ParallelConfig())
 
 

@@ -10,9 +10,7 @@ from megatron_r1.types import Prompt
 
 
 def prompt(name: str, question: str) -> Prompt:
-    return Prompt(
-        id=name, question=question, text=question, token_ids=[2], answer="1", verifier="integer"
-    )
+    return Prompt(id=name, question=question, text=question, token_ids=[2], answer="1", verifier="integer")
 
 
 @pytest.mark.parametrize(
@@ -34,8 +32,6 @@ def test_question_hash(one: str, other: str, same: bool) -> None:
 def test_hash_is_stable() -> None:
     """Written into checkpoints and compared between processes, so pinned."""
     assert question_hash("5-6+9=?") == "203692057db68431ed22be681877e9bd"
-
-
 
 
 def test_heldout_ids() -> None:

@@ -17,7 +17,7 @@ TEXTS = [
     "",
     "5-6+9=?",
     "<think>5-6=-1;-1+9=8</think><answer>8</answer>",
-    "A < B & \"quoted\" {x} \\boxed{42}\n\n  two spaces, <thin> and </answer",
+    'A < B & "quoted" {x} \\boxed{42}\n\n  two spaces, <thin> and </answer',
     *TEMPLATES.values(),
 ]
 
@@ -40,7 +40,7 @@ def test_symbol_round_trip(make: Any, text: str) -> None:
 
 
 def test_char_ids_by_hand() -> None:
-    # pad 0, eos 1, tags 2-5, newline 6, space 7, then ASCII in order: "!" is 8, "0" (15 later) is 23.
+    # pad 0, eos 1, tags 2-5, newline 6, space 7, then ASCII in order, so "0" is 7 + 48 - 32.
     assert char().encode("<answer>0\n9 </answer>") == [4, 23, 6, 32, 7, 5]
     assert char().vocab_size == 2 + 4 + 1 + 95 == 102
     assert len(set(CHARACTERS)) == len(CHARACTERS) == 96
@@ -136,9 +136,7 @@ def hf_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         show_progress=False,
     )
     backend.train_from_iterator(["the sum of the terms is so and so"] * 4, trainer)
-    backend.post_processor = processors.TemplateProcessing(
-        single="<s> $A", special_tokens=[("<s>", 0)]
-    )
+    backend.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 0)])
     folder = tmp_path_factory.mktemp("hf")
     backend.save(str(folder / "tokenizer.json"))
     return folder
@@ -157,9 +155,7 @@ def huggingface(path: Path) -> Tokenizer:
 
 
 def test_huggingface_round_trip_ids_and_bos(hf_folder: Path, tmp_path: Path) -> None:
-    folder = write_config(
-        hf_folder, tmp_path / "t", bos_token="<s>", eos_token="</s>", pad_token="<pad>"
-    )
+    folder = write_config(hf_folder, tmp_path / "t", bos_token="<s>", eos_token="</s>", pad_token="<pad>")
     for path in (folder, folder / "tokenizer.json"):
         tokenizer = huggingface(path)
         assert (tokenizer.bos_id, tokenizer.eos_id, tokenizer.pad_id) == (0, 1, 2)
@@ -238,9 +234,7 @@ def test_sentencepiece_round_trip(sp_folder: Path) -> None:
     assert tokenizer.vocab_size == 300
 
 
-def test_sentencepiece_says_when_it_changes_text(
-    sp_folder: Path, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_sentencepiece_says_when_it_changes_text(sp_folder: Path, caplog: pytest.LogCaptureFixture) -> None:
     build_tokenizer(TokenizerConfig(kind="sentencepiece", path=sp_folder / "exact.model"))
     assert not caplog.records
     build_tokenizer(TokenizerConfig(kind="sentencepiece", path=sp_folder / "lossy.model"))

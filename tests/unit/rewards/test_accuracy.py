@@ -1,6 +1,4 @@
-"""The verifiers: tables of (reference, completion, verdict) and the in-process rules of
-`canonical.py`.
-"""
+"""The verifiers: tables of (reference, completion, verdict), and the spelling rules below them."""
 
 from __future__ import annotations
 

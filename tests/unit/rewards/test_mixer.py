@@ -1,4 +1,4 @@
-"""`Scorer`: what reaches the verifiers, how the terms add up, and that every completion is counted."""
+"""`Scorer`: what reaches the verifiers, how the terms add up, and that all is counted."""
 
 from __future__ import annotations
 
@@ -40,9 +40,7 @@ def completion(text: str, finish_reason: FinishReason = "stop") -> Completion:
 
 
 def group(name: str, answer: str | None, texts: Sequence[str], verifier: str = "integer") -> Group:
-    prompt = Prompt(
-        id=name, question="?", text="?", token_ids=[1], answer=answer, verifier=verifier
-    )
+    prompt = Prompt(id=name, question="?", text="?", token_ids=[1], answer=answer, verifier=verifier)
     return Group(prompt=prompt, completions=[completion(text) for text in texts])
 
 
@@ -137,10 +135,9 @@ def test_parts_always_sum_to_the_total() -> None:
         ]
         draw.shuffle(rewards)
         rewards = rewards[: draw.randint(1, 2)]
-        pool = RecordingPool(
-            {a: Verdict(status=draw.choice(["correct", "wrong", "unknown"])) for a in answers}
-        )
-        texts = [draw.choice([tagged, str])(draw.choice(answers)) for _ in range(6)]
+        pool = RecordingPool({a: Verdict(status=draw.choice(["correct", "wrong", "unknown"])) for a in answers})
+        drawn = [draw.choice(answers) for _ in range(6)]
+        texts = [tagged(text) if draw.random() < 0.5 else text for text in drawn]
         groups = [group(str(i), "8", texts, draw.choice(["integer", "math"])) for i in range(3)]
         stats = Scorer(rewards, pool).score_groups(groups)
         assert stats.completions == 18 == sum(stats.verdicts.values())

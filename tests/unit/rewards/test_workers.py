@@ -67,9 +67,7 @@ def stand_in(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def math(answer: str, reference: str = "42") -> Job:
-    prompt = Prompt(
-        id="m", question="?", text="?", token_ids=[1], answer=reference, verifier="math"
-    )
+    prompt = Prompt(id="m", question="?", text="?", token_ids=[1], answer=reference, verifier="math")
     return Job(verifier="math", answer=answer, prompt=prompt)
 
 
@@ -121,29 +119,26 @@ HOSTILE = [
     r"9^{9^{9^9}}",
     r"10^{10^{10}}",
     "99999999!",
-    "100000!!",
-    r"\binom{100000000}{50000000}",
-    r"2^{2^{34}}-2^{2^{33}}",
     r"\dfrac{5^{\left(5^{\left(5^{\left(5^5\right)}\right)} - 4\right)} - 5}{16}",
-    r"(x+y+z)^{500}",
+    "(" * 200 + "1" + ")" * 200,  # nothing to compute, but the grammar is slower than linear
 ]
-HARMLESS = ["9" * 512, "(" * 60 + "1" + ")" * 60, "__import__('os').system('exit')", "$" * 512]
+HARMLESS = ["9" * 512, "__import__('os').system('exit')", "$" * 512, "\\frac{" * 70]
 
 
 def test_hostile_answers_cost_a_deadline_each_and_the_pool_serves_on() -> None:
     honest = math(r"\frac{84}{2}+0")
-    with VerifierPool(2, deadline=0.5) as pool:
+    with VerifierPool(2, deadline=0.7) as pool:
         assert pool.pids == []  # nothing is started before it is needed
         jobs = [job for answer in HOSTILE for job in (math(answer), honest)]
         begin = time.monotonic()
         verdicts = pool.verify_many(jobs)
         seconds = time.monotonic() - begin
-        assert [v.detail for v in verdicts[::2]] == ["deadline 0.5 s"] * len(HOSTILE)
+        assert [v.detail for v in verdicts[::2]] == ["deadline 0.7 s"] * len(HOSTILE)
         assert {v.status for v in verdicts[::2]} == {"unknown"}
         assert verdicts[0].extracted == r"9^{9^{9^9}}"
         assert [v.status for v in verdicts[1::2]] == ["correct"] * len(HOSTILE)
-        # 8 deadlines over 2 workers, and as many starts of up to a second or so on a busy machine
-        assert seconds < 4 * 0.5 + 8 * 1.5
+        # Five deadlines over two workers and as many starts, of seconds each on a busy machine.
+        assert 2.5 * 0.7 < seconds < 30
         assert len(pool.pids) <= 2
         harmless = pool.verify_many([math(answer) for answer in HARMLESS], deadline=10)
         assert [v.status for v in harmless] == ["wrong"] * len(HARMLESS)
@@ -192,7 +187,7 @@ def test_a_deadline_kills_the_whole_process_group(stand_in: Path, tmp_path: Path
     with VerifierPool(1, deadline=0.7) as pool:
         [verdict] = pool.verify_many([gym("sleeps", file=str(file))])
         assert verdict == Verdict(status="unknown", extracted="8", detail="deadline 0.7 s")
-        assert not until(lambda: alive(int(file.read_text())), 0)
+        assert until(lambda: not alive(int(file.read_text())), 5)
         assert pool.verify_many([gym("equal")])[0].status == "correct"
 
 
@@ -218,17 +213,13 @@ def test_a_worker_killed_from_outside(stand_in: Path, tmp_path: Path) -> None:
         assert pool.pids != [idle]
 
 
-def test_imports_do_not_count_against_the_deadline(
-    stand_in: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_imports_do_not_count_against_the_deadline(stand_in: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("STAND_IN_IMPORT_SECONDS", "1.0")
     with VerifierPool(1, deadline=0.5) as pool:
         assert pool.verify_many([gym("equal")])[0].status == "correct"
 
 
-def test_a_missing_package_is_the_users_to_install(
-    stand_in: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_missing_package_is_the_users_to_install(stand_in: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("STAND_IN_MISSING", "1")
     with VerifierPool(1) as pool:
         with pytest.raises(UserError, match="pip install reasoning-gym"):

@@ -1,0 +1,104 @@
+"""Every layout gives the one-process run's loss, gradient norm and parameters, through the real Megatron-Core."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from megatron_r1.config.model import ParallelConfig
+from tests.dist.harness import run_layouts, run_world
+from tests.dist.workload import generate, resume, save_start, train
+
+ONE = ParallelConfig(data=1)
+TWO = {
+    "TP2": ParallelConfig(tensor=2, data=1),
+    "PP2": ParallelConfig(pipeline=2, data=1),
+    "EP2": ParallelConfig(expert=2, data=2),
+    "DP2": ParallelConfig(data=2),
+    "DP2-replicated-optimizer": ParallelConfig(data=2, distributed_optimizer=False),
+}
+DENSE = {name: layout for name, layout in TWO.items() if name != "EP2"}
+STEPS = 3
+
+
+def tensors(folder: Path) -> dict[str, torch.Tensor]:
+    """The model's whole tensors of a checkpoint."""
+    from megatron.core import dist_checkpointing
+
+    plain = dist_checkpointing.load_plain_tensors(str(folder))
+    return {k: v for k, v in plain.items() if not k.startswith(("optimizer", "rng")) and "chained" not in k}
+
+
+@pytest.fixture(scope="module")
+def start(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("start")
+    for preset in ("tiny-moe", "tiny-dense"):
+        run_world(save_start, ONE, str(root / preset), preset)
+    return root
+
+
+@pytest.fixture(scope="module", params=[("tiny-moe", "grpo"), ("tiny-moe", "lm"), ("tiny-dense", "grpo")], ids="-".join)
+def runs(request: pytest.FixtureRequest, start: Path) -> dict[str, Any]:
+    """Histories of the one-process run and of every two-process layout, and where their weights are."""
+    preset, kind = request.param
+    saved = start / f"{preset}-{kind}"
+    arguments = (str(start / preset), preset, kind, STEPS, str(saved))
+    layouts = TWO if preset == "tiny-moe" else DENSE
+    histories = {"one": run_world(train, ONE, *arguments)[0]}
+    for name, ranks in zip(layouts, run_layouts(train, list(layouts.values()), *arguments), strict=True):
+        assert ranks[0] == ranks[1], f"{name}: ranks disagree about the metrics"
+        histories[name] = ranks[0]
+    return {"histories": histories, "saved": saved, "preset": preset, "kind": kind}
+
+
+def test_first_step_equals_one_process(runs: dict[str, Any]) -> None:
+    loss, norm = runs["histories"]["one"][0]
+    for name, history in runs["histories"].items():
+        assert history[0][0] == pytest.approx(loss, rel=1e-5, abs=1e-6), name
+        assert history[0][1] == pytest.approx(norm, rel=1e-5), name
+
+
+def test_every_step_equals_one_process(runs: dict[str, Any]) -> None:
+    for name, history in runs["histories"].items():
+        for (loss, norm), (loss_one, norm_one) in zip(history, runs["histories"]["one"], strict=True):
+            assert loss == pytest.approx(loss_one, rel=2e-5, abs=2e-6), name
+            assert norm == pytest.approx(norm_one, rel=2e-5), name
+
+
+def test_parameters_equal_one_process(runs: dict[str, Any]) -> None:
+    folders = {path.name: path / f"step-{STEPS:08d}" for path in runs["saved"].iterdir()}
+    reference = tensors(folders.pop("one"))
+    assert folders, "no layout was saved"
+    for name, folder in folders.items():
+        found = tensors(folder)
+        assert found.keys() == reference.keys(), name
+        differences = torch.cat([(found[k].double() - reference[k].double()).abs().flatten() for k in reference])
+        # Adam turns rounding of near-zero gradients into sign noise: a few entries move by up to a step.
+        assert differences.max() < 2e-4, name
+        assert differences.mean() < 1e-6, name
+
+
+def test_optimizer_state_loads_under_another_layout(runs: dict[str, Any], start: Path) -> None:
+    if runs["kind"] == "lm":
+        pytest.skip("the policy loss covers it")
+    layouts = list((TWO if runs["preset"] == "tiny-moe" else DENSE).values())
+    expected = run_world(resume, ONE, str(runs["saved"] / "one"), runs["preset"], runs["kind"], STEPS)[0]
+    for saved in sorted(path.name for path in runs["saved"].iterdir()):
+        arguments = (str(runs["saved"] / saved), runs["preset"], runs["kind"], STEPS)
+        chosen = layouts if saved == "one" else layouts[2:3]  # from one to all, from each to one other
+        for ranks in run_layouts(resume, chosen, *arguments):
+            assert ranks[0] == pytest.approx(expected, rel=5e-5, abs=5e-6), saved
+
+
+def test_tokens_equal_one_process(start: Path) -> None:
+    for preset, layouts in (("tiny-moe", TWO), ("tiny-dense", DENSE)):
+        tokens, gap = run_world(generate, ONE, str(start / preset), preset)[0]
+        assert gap < 1e-5
+        chosen = [layout for name, layout in layouts.items() if "optimizer" not in name]
+        for ranks in run_layouts(generate, chosen, str(start / preset), preset):
+            for found, other_gap in ranks:
+                assert found == tokens
+                assert other_gap < 1e-5
