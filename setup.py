@@ -45,7 +45,7 @@ EXTRAS = {
     # Procedural reasoning tasks as prompt sources.
     "tasks": ["reasoning-gym==0.1.25"],
     # TRL is the outside reference that the loss tests compare with.
-    "dev": ["pytest>=8,<10", "ruff>=0.9,<1", "mypy>=1.13,<3", "trl>=0.20,<2", "types-psutil"],
+    "dev": ["pytest>=8,<10", "ruff>=0.9,<1", "mypy>=1.13,<3", "trl>=1.16,<1.17", "types-psutil"],
 }
 EXTRAS["all"] = sorted({requirement for name in EXTRAS for requirement in EXTRAS[name]})
 

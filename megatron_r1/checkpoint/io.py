@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
@@ -20,14 +20,28 @@ from megatron.core.dist_checkpointing.utils import add_prefix_for_sharding
 
 from megatron_r1.checkpoint import folders
 from megatron_r1.config.errors import UserError
+from megatron_r1.model.gpt import PolicyModel
+from megatron_r1.model.reference import Reference
 from megatron_r1.parallel.world import World
-from megatron_r1.train.reference import Reference
-from megatron_r1.train.trainer import Trainer
 
 _REFERENCE = "reference."
 
 
-def save(root: Path, trainer: Trainer, loop: dict[str, Any], reference: Reference | None, *, keep: int) -> Path:
+class TrainingState(Protocol):
+    """What is saved: `train.trainer.Trainer` is one."""
+
+    world: World
+    step: int
+    optimizer: Any
+    schedule: Any
+
+    @property
+    def models(self) -> list[PolicyModel]:
+        """The bare models, one a virtual stage."""
+        ...
+
+
+def save(root: Path, trainer: TrainingState, loop: dict[str, Any], reference: Reference | None, *, keep: int) -> Path:
     """Write the checkpoint of trainer.step under `root`; all or nothing. Collective.
 
     `loop` must be equal on all ranks and hold plain Python values and tensors.
@@ -43,6 +57,7 @@ def save(root: Path, trainer: Trainer, loop: dict[str, Any], reference: Referenc
         **loop,
         "step": trainer.step,
         "layout": _layout(world),
+        "distributed_optimizer": world.layout.distributed_optimizer,
         "reference_step": None if reference is None else reference.step,
     }
     failure = _attempt(lambda: dist_checkpointing.save(state, str(target)))
@@ -54,11 +69,13 @@ def save(root: Path, trainer: Trainer, loop: dict[str, Any], reference: Referenc
     return _raise_or(box[0])
 
 
-def load(path: Path, trainer: Trainer, reference: Reference | None) -> dict[str, Any]:
+def load(path: Path, trainer: TrainingState, reference: Reference | None) -> dict[str, Any]:
     """Restore everything that `save` wrote and return the loop's state. Collective."""
     folders.check(path)
     state = _sharded_state(trainer, reference, loading=True)
-    if _saved_layout(path) != _layout(trainer.world):
+    saved = dist_checkpointing.load_common_state_dict(str(path))["loop"]
+    _check_optimizer_kind(path, saved, trainer.world)
+    if list(saved["layout"]) != _layout(trainer.world):
         state.pop("rng")  # generators belong to ranks; another layout goes on with its own
     loaded = _load(state, path)
     _load_models(trainer, loaded)
@@ -76,14 +93,14 @@ def load(path: Path, trainer: Trainer, reference: Reference | None) -> dict[str,
     return dict(loaded["loop"])
 
 
-def load_weights(path: Path, trainer: Trainer) -> None:
+def load_weights(path: Path, trainer: TrainingState) -> None:
     """Only the model's weights (a stage that starts from another's result). Collective."""
     folders.check(path)
     _load_models(trainer, _load(_model_state(trainer), path))
     trainer.optimizer.reload_model_params()
 
 
-def _sharded_state(trainer: Trainer, reference: Reference | None, *, loading: bool) -> dict[str, Any]:
+def _sharded_state(trainer: TrainingState, reference: Reference | None, *, loading: bool) -> dict[str, Any]:
     _materialise_adam_state(trainer)
     models = _model_state(trainer)
     metadata = _metadata(trainer.world)
@@ -123,7 +140,7 @@ def _metadata(world: World) -> dict[str, Any]:
     }
 
 
-def _model_state(trainer: Trainer) -> dict[str, Any]:
+def _model_state(trainer: TrainingState) -> dict[str, Any]:
     metadata = _metadata(trainer.world)
     return {_chunk_key(i): m.sharded_state_dict(metadata=metadata) for i, m in enumerate(trainer.models)}
 
@@ -132,7 +149,7 @@ def _chunk_key(index: int) -> str:
     return "model" if index == 0 else f"model{index}"
 
 
-def _load_models(trainer: Trainer, loaded: dict[str, Any]) -> None:
+def _load_models(trainer: TrainingState, loaded: dict[str, Any]) -> None:
     for i, model in enumerate(trainer.models):
         model.load_state_dict(loaded[_chunk_key(i)], strict=True)
 
@@ -146,13 +163,19 @@ def _load(state: dict[str, Any], path: Path) -> dict[str, Any]:
         return dist_checkpointing.load(state, str(path))
     except Exception as error:
         raise UserError(
-            f"checkpoint {path} does not fit this model: {type(error).__name__}: {error}. "
+            f"checkpoint {path} does not fit this model: {type(error).__name__}: {str(error)[:300]}. "
             "Was it written with another architecture?"
         ) from error
 
 
-def _saved_layout(path: Path) -> list[int]:
-    return list(dist_checkpointing.load_common_state_dict(str(path))["loop"]["layout"])
+def _check_optimizer_kind(path: Path, saved: dict[str, Any], world: World) -> None:
+    was, now = saved["distributed_optimizer"], world.layout.distributed_optimizer
+    if was != now:
+        raise UserError(
+            f"checkpoint {path} holds the optimizer state of parallel.distributed_optimizer = {str(was).lower()}, "
+            f"which cannot be loaded with {str(now).lower()}: Megatron-Core stores the two differently. "
+            f"Set parallel.distributed_optimizer = {str(was).lower()}"
+        )
 
 
 def _layout(world: World) -> list[int]:
@@ -161,7 +184,7 @@ def _layout(world: World) -> list[int]:
     return [*sizes, world.data_size]
 
 
-def _materialise_adam_state(trainer: Trainer) -> None:
+def _materialise_adam_state(trainer: TrainingState) -> None:
     """Give every parameter Adam state, and an optimizer without parameters the step count.
 
     torch's AdamW has no state before its first step, and a pipeline stage without experts has an expert optimizer

@@ -11,7 +11,7 @@ from typing import Any
 
 from megatron_r1.config.data import CorpusConfig
 from megatron_r1.data.corpus import Corpus
-from megatron_r1.data.tokenizers import Tokenizer
+from megatron_r1.data.tokenizers import Tokenizer, encode_prompt
 from megatron_r1.types import Sample
 
 _BATCHES_A_POOL = 32
@@ -89,13 +89,15 @@ class TextBatches:
             if filled >= self.batch_tokens:
                 self._pool.append(batch)
                 batch, filled = [], 0
-        if batch and not self._pool:
-            self._pool.append(batch)  # a remainder is dropped only where there are whole batches
+        if self._pool and 2 * filled < self.batch_tokens:
+            self._pool[-1] += batch  # the longest documents: never dropped, and no tiny batch of their own
+        else:
+            self._pool.append(batch)
         order.shuffle(self._pool)
         self._taken = 0
 
     def _sample(self, corpus: Corpus) -> Sample:
         document = next(corpus)
-        prompt = self.tokenizer.encode(document.prompt)
+        prompt = encode_prompt(self.tokenizer, document.prompt)
         body = self.tokenizer.encode(document.body)
         return Sample(token_ids=[*prompt, *body, self.tokenizer.eos_id], prompt_length=len(prompt))

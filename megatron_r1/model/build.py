@@ -18,12 +18,13 @@ from megatron_r1.parallel.world import World
 
 logger = logging.getLogger(__name__)
 
-Chunk = PolicyModel | Float16Module
-"""One virtual stage; Float16Module around the model when parameters are bf16."""
 
-
-def build_model(arch: Architecture, model: ModelConfig, world: World, *, mtp_loss: float = 0.1) -> list[Chunk]:
+def build_model(
+    arch: Architecture, model: ModelConfig, world: World, *, mtp_loss: float = 0.1
+) -> list[torch.nn.Module]:
     """This rank's model chunks, one per virtual pipeline stage, with freshly drawn weights. Collective.
+
+    A chunk is a PolicyModel, inside Megatron's Float16Module where parameters are bf16 (see `unwrap`).
 
     The weights drawn depend on the layout; start from a checkpoint to compare layouts.
     """

@@ -22,7 +22,33 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 # Fields that this project sets from the layout, the loss or the schedule: passing them through could only break it.
 RESERVED = frozenset(
-    ["tensor_model_parallel_size", "pipeline_model_parallel_size", "virtual_pipeline_model_parallel_size", "context_parallel_size", "expert_model_parallel_size", "expert_tensor_parallel_size", "sequence_parallel", "pipeline_dtype", "params_dtype", "bf16", "fp16", "calculate_per_token_loss", "variable_seq_lengths", "batch_p2p_comm", "overlap_p2p_comm", "use_cpu_initialization", "perform_initialization", "num_layers", "hidden_size", "grad_scale_func", "finalize_model_grads_func", "no_sync_func", "grad_sync_func", "param_sync_func", "timers"]
+    (
+        "tensor_model_parallel_size",
+        "pipeline_model_parallel_size",
+        "virtual_pipeline_model_parallel_size",
+        "context_parallel_size",
+        "expert_model_parallel_size",
+        "expert_tensor_parallel_size",
+        "sequence_parallel",
+        "pipeline_dtype",
+        "params_dtype",
+        "bf16",
+        "fp16",
+        "calculate_per_token_loss",
+        "variable_seq_lengths",
+        "batch_p2p_comm",
+        "overlap_p2p_comm",
+        "use_cpu_initialization",
+        "perform_initialization",
+        "num_layers",
+        "hidden_size",
+        "grad_scale_func",
+        "finalize_model_grads_func",
+        "no_sync_func",
+        "grad_sync_func",
+        "param_sync_func",
+        "timers",
+    )
 )
 
 

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import importlib.util
 import math
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -62,7 +63,7 @@ class TorchCoreAttention(MegatronModule):
         **_: Any,
     ) -> None:
         super().__init__(config=config)
-        self.context_group = getattr(pg_collection, "cp", None)
+        self.context_group: Any = getattr(pg_collection, "cp", None)
         self.context_size = self.context_group.size() if self.context_group is not None else 1
         self.scale = softmax_scale or 1.0 / math.sqrt(k_channels or config.kv_channels)
 
@@ -92,7 +93,7 @@ class TorchCoreAttention(MegatronModule):
             raise ValueError("packed sequences together with context parallelism need Transformer Engine")
         parts = [
             self._attend(query[a:b, None], key[a:b, None], value[a:b, None], causal=True)[:, 0]
-            for a, b in zip(bounds[:-1], bounds[1:], strict=True)
+            for a, b in pairwise(bounds)
         ]
         return torch.cat(parts)
 

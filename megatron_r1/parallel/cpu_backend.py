@@ -134,12 +134,13 @@ def _cpu_rng_tracker(random: Any) -> type:
 
         @contextlib.contextmanager
         def fork(self, name: str = random._MODEL_PARALLEL_RNG_TRACKER_NAME) -> Iterator[None]:
-            outside, previous = torch.get_rng_state(), self._current_state_name
+            outside = torch.get_rng_state()
+            previous: str = self._current_state_name
             nested = previous != "default-rng"
             if nested:
                 self.states_[previous] = outside
             torch.set_rng_state(self.states_[name])
-            self._current_state_name = name
+            self._current_state_name: str = name
             try:
                 yield
             finally:

@@ -23,7 +23,7 @@ def preflight(config: RunConfig) -> tuple[Architecture, Tokenizer]:
     """
     tokenizer = build_tokenizer(config.tokenizer)
     arch = architecture(config.model, tokenizer.vocab_size)
-    check_layout(arch, config.parallel, None)
+    check_layout(arch, config.parallel, None, megatron=config.model.megatron)
     for stage in config.stage:
         if stage.init_from is not None:
             _check_start(stage.init_from, stage.name, config)
@@ -63,7 +63,8 @@ def _check_start(source: str, name: str, config: RunConfig) -> None:
             raise UserError(f"stage.{name}.from = {source!r}: an eval stage makes no weights; name a training stage")
     elif not Path(source).is_dir():
         raise UserError(
-            f"stage.{name}.from = {source!r}: neither a stage of this recipe ({', '.join(names)}) nor a checkpoint folder"
+            f"stage.{name}.from = {source!r}: neither a stage of this recipe ({', '.join(names)}) "
+            "nor a checkpoint folder"
         )
 
 

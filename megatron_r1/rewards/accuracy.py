@@ -18,6 +18,7 @@ import re
 from collections.abc import Callable
 from typing import Any
 
+from megatron_r1.config.gym_tasks import REFUSED
 from megatron_r1.rewards.canonical import canonical, number, plain, same, vote_key
 from megatron_r1.types import Prompt, Verdict
 
@@ -33,7 +34,6 @@ _OTHER_CHOICE = re.compile(
 _UNIT = re.compile(
     r"(?<=[0-9}])\s*(?:nm|mm|cm|dm|m|km|mg|g|kg|ms|s|min|h|ml|l|L|J|kJ|W|kW|N|Pa|V|A|K|Hz)(?:\^\{?[23]\}?)?$"
 )
-_UNFIT_TASKS = {"game_of_life_halting": "its scorer pays any text that is not empty"}
 
 
 def verify_integer(answer: str, prompt: Prompt) -> Verdict:
@@ -154,7 +154,7 @@ def prepare(verifier: str, prompt: Prompt) -> None:
         _parse("1")  # its first parse builds tables for as long as ten others take
     elif verifier == "reasoning_gym":
         importlib.import_module("reasoning_gym")
-        if prompt.metadata["task"] not in _UNFIT_TASKS:
+        if prompt.metadata["task"] not in REFUSED:
             _reasoning_gym_scorer(prompt.metadata["task"])
 
 
@@ -224,8 +224,8 @@ def _parse_reference(reference: str) -> tuple[Any, ...] | list[Any]:
 
 @functools.lru_cache(maxsize=128)
 def _reasoning_gym_scorer(task: str) -> Callable[[str, dict[str, Any]], float]:
-    if task in _UNFIT_TASKS:
-        raise ValueError(f"the reasoning_gym task {task!r} cannot be a reward: {_UNFIT_TASKS[task]}")
+    if task in REFUSED:
+        raise ValueError(f"the reasoning_gym task {task!r} cannot be a reward: {REFUSED[task]}")
     import reasoning_gym
 
     scorer: Callable[[str, dict[str, Any]], float] = reasoning_gym.get_score_answer_fn(task)

@@ -7,13 +7,14 @@ cons@k the accuracy of the majority vote. pass@k is the unbiased estimator of Ch
 from __future__ import annotations
 
 from collections import Counter
+from itertools import islice
 
 from megatron_r1.algorithms.pass_at_k import cons_at_k, pass_at_1, pass_at_k
 from megatron_r1.config.data import RewardConfig
 from megatron_r1.config.run import EvalStage
 from megatron_r1.data.corpus import classify_style
 from megatron_r1.data.cursor import epoch_order
-from megatron_r1.data.prompts import open_prompts
+from megatron_r1.data.prompts import PromptSource, open_prompts
 from megatron_r1.data.tokenizers import Tokenizer
 from megatron_r1.parallel.world import World
 from megatron_r1.rewards.mixer import Scorer
@@ -26,8 +27,9 @@ def heldout_prompts(stage: EvalStage, tokenizer: Tokenizer) -> list[Prompt]:
     """The problems of an evaluation stage: the first of its source, in the order of its seed when shuffled."""
     source = open_prompts(stage.prompts, tokenizer)
     seed = stage.prompts.seed if stage.prompts.shuffle else None
-    order = epoch_order(len(source), seed, epoch=0)
-    return [source[i] for i in order[: stage.problems]]
+    if isinstance(source, PromptSource):
+        return [source[i] for i in epoch_order(len(source), seed, epoch=0)[: stage.problems]]
+    return list(islice(source.stream(0, seed, 0), stage.problems))
 
 
 def evaluate(

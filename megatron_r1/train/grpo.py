@@ -15,6 +15,7 @@ from megatron_r1.config.run import GrpoStage
 from megatron_r1.data.batching import make_micro_batches
 from megatron_r1.data.cursor import PromptCursor
 from megatron_r1.data.prompts import open_prompts
+from megatron_r1.model.reference import Reference
 from megatron_r1.observe.rollouts import RolloutWriter
 from megatron_r1.rewards.mixer import Scorer
 from megatron_r1.rewards.workers import VerifierPool
@@ -24,7 +25,6 @@ from megatron_r1.train.log_probs import compute_log_probs, length_multiple
 from megatron_r1.train.loop import StageLoop
 from megatron_r1.train.objectives import PolicyObjective
 from megatron_r1.train.phase import Phase, group_samples, minibatch_order, sample_groups
-from megatron_r1.train.reference import Reference
 from megatron_r1.train.trainer import StepResult, Trainer
 from megatron_r1.types import Sample
 
@@ -81,9 +81,9 @@ def grpo(stage: GrpoStage, context: RunContext, start: Path | None) -> dict[str,
             loop.log({**phase.metrics, **_policy_metrics(result, seconds), "time/step": time.monotonic() - began})
             phase.taken += 1
             # 5. the reference follows every so many steps
-            if reference is not None and config.loss.reference_every:
-                if trainer.step % config.loss.reference_every == 0:
-                    reference.replace(trainer.step)
+            every = config.loss.reference_every
+            if reference is not None and every and trainer.step % every == 0:
+                reference.replace(trainer.step)
             if phase.is_spent:
                 phase = None
             loop.end_of_step(lambda: _loop_state(cursor, phase))  # noqa: B023 - called before phase changes
@@ -108,11 +108,11 @@ def _annotate(
     (ratio exactly 1), and the pass is left out.
     """
     began = time.monotonic()
-    arguments: dict[str, Any] = dict(
-        temperature=stage.sampling.temperature,
-        max_tokens=stage.micro_batch_tokens,
-        pad_id=context.tokenizer.pad_id,
-    )
+    arguments: dict[str, Any] = {
+        "temperature": stage.sampling.temperature,
+        "max_tokens": stage.micro_batch_tokens,
+        "pad_id": context.tokenizer.pad_id,
+    }
     if steps > 1:
         for sample, values in zip(samples, compute_log_probs(trainer, samples, **arguments), strict=True):
             sample.old_log_probs = values

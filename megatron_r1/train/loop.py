@@ -12,11 +12,11 @@ from typing import Any
 from megatron_r1.checkpoint import folders
 from megatron_r1.checkpoint import io as checkpoint_io
 from megatron_r1.config.run import TrainStage
+from megatron_r1.model.reference import Reference
 from megatron_r1.observe.metrics import MetricsWriter
 from megatron_r1.observe.progress import Progress
 from megatron_r1.observe.rundir import write_json
 from megatron_r1.train.context import RunContext
-from megatron_r1.train.reference import Reference
 from megatron_r1.train.stopping import Stopped
 from megatron_r1.train.trainer import StepResult, Trainer
 from megatron_r1.types import Sample

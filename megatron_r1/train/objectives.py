@@ -28,8 +28,10 @@ LossOutput = tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]
 class Objective(Protocol):
     """One kind of training step."""
 
-    metric_names: tuple[str, ...]
-    """Names of the sums that `loss` returns, the same on every rank."""
+    @property
+    def metric_names(self) -> tuple[str, ...]:
+        """Names of the sums that `loss` returns, the same on every rank."""
+        ...
 
     def forward(self, model: torch.nn.Module, batch: MicroBatch) -> torch.Tensor:
         """The output of this pipeline stage for this micro-batch."""
@@ -52,7 +54,7 @@ class LanguageModelObjective:
 
     def loss(self, output: torch.Tensor, batch: MicroBatch) -> LossOutput:
         """Sum of the losses where loss_mask is 1."""
-        total = (output * batch.loss_mask_BT).sum()
+        total = torch.where(batch.loss_mask_BT > 0, output, 0.0).sum()
         tokens = batch.loss_mask_BT.sum()
         return total, tokens.to(torch.int), {"nll": total.detach(), "tokens": tokens}
 
@@ -109,7 +111,7 @@ class PolicyObjective:
         nothing = output.new_zeros(())  # without a reference there is no KL to report
         sums = {name: result.metrics.get(name, nothing) for name in self.metric_names}
         sums["loss"] = result.loss.detach()
-        sums["entropy"] = (entropy_BT * mask).sum()
+        sums["entropy"] = torch.where(mask > 0, entropy_BT, 0.0).sum()
         sums.update(_mismatch(log_probs_BT.detach(), batch))
         return result.loss * self.denominators.tokens, mask.sum().to(torch.int), sums
 

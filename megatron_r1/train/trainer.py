@@ -28,7 +28,8 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron_r1.config.model import ModelConfig
 from megatron_r1.config.optim import OptimizerConfig
 from megatron_r1.data.batching import MicroBatch
-from megatron_r1.model.build import Chunk, build_model, unwrap
+from megatron_r1.model.build import build_model, unwrap
+from megatron_r1.model.gpt import PolicyModel
 from megatron_r1.model.presets import Architecture
 from megatron_r1.parallel.world import World
 from megatron_r1.train.objectives import Objective
@@ -81,7 +82,7 @@ class Trainer:
             self.config.no_sync_func = no_sync if len(no_sync) > 1 else no_sync[0]
 
     @property
-    def models(self) -> list[torch.nn.Module]:
+    def models(self) -> list[PolicyModel]:
         """The bare models, one a virtual stage."""
         return [unwrap(chunk) for chunk in self.chunks]
 
@@ -136,14 +137,14 @@ def _call_loss(objective: Objective, batch: MicroBatch, output: torch.Tensor) ->
     return objective.loss(output, batch)
 
 
-def _freeze_mtp(chunks: list[Chunk]) -> None:
+def _freeze_mtp(chunks: list[torch.nn.Module]) -> None:
     for chunk in chunks:
         for name, parameter in unwrap(chunk).named_parameters():
             if name.startswith("mtp."):
                 parameter.requires_grad = False
 
 
-def _data_parallel(chunks: list[Chunk], config: Any, world: World) -> list[DistributedDataParallel]:
+def _data_parallel(chunks: list[torch.nn.Module], config: Any, world: World) -> list[DistributedDataParallel]:
     ddp = DistributedDataParallelConfig(
         grad_reduce_in_fp32=True,
         use_distributed_optimizer=world.layout.distributed_optimizer,

@@ -28,9 +28,9 @@ ROOMS: dict[str, set[str]] = {
     "plan": {"model", "parallel", "config"},
     "convert": {"model", "parallel"},
     "checkpoint": {"model", "parallel"},
-    "algorithms": {"types"},
+    "algorithms": {"types", "config"},
     "rewards": {"types", "config"},
-    "rollout": {"types", "config", "observe"},
+    "rollout": {"types", "config", "observe", "data"},
     "train": {
         *("model", "parallel", "algorithms", "rollout", "rewards", "data", "checkpoint", "observe"),
     },

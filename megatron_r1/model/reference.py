@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -11,7 +11,7 @@ import torch
 class Reference:
     """A copy of the models' parameters and persistent buffers (the expert bias among them)."""
 
-    def __init__(self, models: list[torch.nn.Module], step: int) -> None:
+    def __init__(self, models: Sequence[torch.nn.Module], step: int) -> None:
         self.models = models
         self.weights = [tensor.detach().to("cpu", copy=True) for tensor in self._tensors()]
         self.step = step  # optimizer step at which the copy was taken
