@@ -25,7 +25,8 @@ class PromptsConfig(Table):
     options: dict[str, Any] = Field(default_factory=dict)
     """Difficulty and other arguments of the task (terms = 6, digits = 1, ...)."""
     size: PositiveInt | None = None
-    """Problems the source offers (generator, reasoning_gym); an epoch is one pass over them. Files: at most this many."""
+    """Problems the source offers (generator, reasoning_gym); an epoch is one pass over them. Files: at most this
+    many."""
     seed: int = 0
     """Seed of procedural problems; problems of different seeds differ."""
     question_key: str = "question"

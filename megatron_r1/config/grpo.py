@@ -88,7 +88,7 @@ class GrpoConfig(Table):
     term and count in denominators) or drop them from training. Counted either way."""
     dynamic_sampling: bool = False
     """DAPO: sample further prompts until every group of the phase has signal."""
-    max_resampling: PositiveInt = 4
+    max_resampling: int = Field(default=4, ge=1, le=64)
     """With dynamic_sampling: at most this many rollout rounds a phase, then go on with what there is."""
     expert_bias: Literal["frozen", "updated"] = "frozen"
     """The aux-loss-free balancing bias of the router during RL."""

@@ -56,8 +56,7 @@ def unwrap(chunk: torch.nn.Module) -> PolicyModel:
 
 
 def _chunk(arch: Architecture, config: TransformerConfig, vp_stage: int | None, world: World) -> PolicyModel:
-    scaling = arch.get("rope_scaling") or {}
-    llama3 = scaling.get("rope_type") == "llama3"
+    scaling = {} if config.multi_latent_attention else arch.get("rope_scaling") or {}
     model = PolicyModel(
         config,
         decoder_spec(config, vp_stage),
@@ -66,7 +65,7 @@ def _chunk(arch: Architecture, config: TransformerConfig, vp_stage: int | None, 
         # MLA applies its rotary embedding inside the attention.
         position_embedding_type="none" if config.multi_latent_attention else "rope",
         rotary_base=int(arch["rope_theta"]),
-        rope_scaling=llama3,
+        rope_scaling=bool(scaling),  # the llama3 rule, the only one for these architectures
         rope_scaling_factor=float(scaling.get("factor", 8.0)),
         share_embeddings_and_output_weights=bool(arch.get("tie_word_embeddings")),
         mtp_block_spec=mtp_spec(config, vp_stage),

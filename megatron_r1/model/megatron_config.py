@@ -99,7 +99,7 @@ def _dense(arch: Architecture) -> dict[str, Any]:
     return dict(
         num_query_groups=arch.get("num_key_value_heads", heads),
         kv_channels=arch.get("head_dim") or arch["hidden_size"] // heads,
-        add_qkv_bias=arch["model_type"] == "qwen2" or bool(arch.get("attention_bias")),
+        add_qkv_bias=arch["model_type"] == "qwen2",
         qk_layernorm=arch["model_type"] == "qwen3",
     )
 
@@ -141,9 +141,6 @@ def _rope(arch: Architecture) -> dict[str, Any]:
     if not scaling:
         # Megatron multiplies the softmax scale by m(mscale_all_dim)^2 for any rope type; a factor of 1 makes m = 1.
         return dict(rope_type="rope", rotary_scaling_factor=1.0)
-    kind = scaling.get("rope_type") or scaling.get("type")
-    if kind != "yarn":
-        raise UserError(f"rope_scaling type {kind!r} is not supported for deepseek_v3; it uses yarn or none")
     return dict(
         rope_type="yarn",
         rotary_scaling_factor=float(scaling["factor"]),

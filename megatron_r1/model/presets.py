@@ -11,9 +11,67 @@ from typing import Any
 from megatron_r1.config.errors import UserError
 from megatron_r1.config.model import ModelConfig
 
-FAMILIES = ("deepseek_v3", "qwen2", "qwen3", "llama")
 Architecture = dict[str, Any]
 """The content of a config.json."""
+
+_COMMON = (
+    "hidden_size",
+    "intermediate_size",
+    "max_position_embeddings",
+    "num_attention_heads",
+    "num_hidden_layers",
+    "rms_norm_eps",
+    "rope_theta",
+    "vocab_size",
+)
+# Keys that a config.json of the family must have: transformers fills a missing one with the default of a particular
+# released model, which is never what a file that leaves it out means.
+REQUIRED: dict[str, tuple[str, ...]] = {
+    "qwen2": (*_COMMON, "num_key_value_heads"),
+    "qwen3": (*_COMMON, "num_key_value_heads", "head_dim"),
+    "llama": _COMMON,
+    "deepseek_v3": (
+        *_COMMON,
+        "first_k_dense_replace",
+        "kv_lora_rank",
+        "moe_intermediate_size",
+        "n_group",
+        "n_routed_experts",
+        "n_shared_experts",
+        "num_experts_per_tok",
+        "q_lora_rank",
+        "qk_nope_head_dim",
+        "qk_rope_head_dim",
+        "routed_scaling_factor",
+        "topk_group",
+        "v_head_dim",
+    ),
+}
+FAMILIES = tuple(REQUIRED)
+# The rope_scaling types a family can have, and the keys each needs.
+ROPE_SCALING: dict[str, tuple[str, ...]] = {
+    "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
+    "yarn": (
+        "factor",
+        "original_max_position_embeddings",
+        "beta_fast",
+        "beta_slow",
+        "mscale",
+        "mscale_all_dim",
+    ),
+}
+# What the layers built here compute. Another value of such a key would be ignored and give another model, silently.
+ONLY: dict[str, Any] = {
+    "attention_bias": False,  # in these families also a bias of the output projection
+    "hidden_act": "silu",
+    "mlp_bias": False,
+    "moe_layer_freq": 1,
+    "partial_rotary_factor": 1.0,
+    "rope_interleave": True,
+    "scoring_func": "sigmoid",
+    "topk_method": "noaux_tc",
+    "use_sliding_window": False,
+}
 
 
 def preset_names() -> list[str]:
@@ -25,8 +83,10 @@ def preset_names() -> list[str]:
 def architecture(model: ModelConfig, tokenizer_vocab: int) -> Architecture:
     """The config.json dictionary of a run, with overrides applied and the vocabulary fixed.
 
-    Presets with `vocab_size` null take the tokenizer's size. Raises UserError for an unknown preset, an unreadable
-    file, an unknown key, an unsupported family, or a tokenizer larger than the model's vocabulary.
+    Presets with `vocab_size` null take the tokenizer's size. Rotary embeddings are always spelled `rope_theta` and
+    `rope_scaling` (None or a dictionary with `rope_type`), also where the file has transformers 5's
+    `rope_parameters`. Raises UserError for an unknown preset, an unreadable file, an unknown or missing key, an
+    unsupported family or feature, or a tokenizer larger than the model's vocabulary.
     """
     config = _shipped(model.preset) if model.preset is not None else _from_file(Path(str(model.config)))
     for key, value in model.override.items():
@@ -35,6 +95,8 @@ def architecture(model: ModelConfig, tokenizer_vocab: int) -> Architecture:
             hint = f"; did you mean {' or '.join(close)}?" if close else f"; it has {', '.join(sorted(config))}"
             raise UserError(f"model.override.{key}: {config['model_type']} architectures have no such key{hint}")
         config[key] = value
+    config = _with_one_rope_spelling(config)
+    _refuse_unsupported(config)
     if config.get("vocab_size") is None:
         config["vocab_size"] = tokenizer_vocab
     if tokenizer_vocab > config["vocab_size"]:
@@ -51,7 +113,7 @@ def _shipped(name: str) -> Architecture:
         hint = f"did you mean {close[0]!r}? " if close else ""
         raise UserError(f"model.preset: there is no {name!r}; {hint}shipped presets: {', '.join(preset_names())}")
     text = (resources.files("megatron_r1.model") / "presets" / f"{name}.json").read_text()
-    return dict(json.loads(text))
+    return _with_one_rope_spelling(json.loads(text))
 
 
 def _from_file(path: Path) -> Architecture:
@@ -67,4 +129,53 @@ def _from_file(path: Path) -> Architecture:
     if not isinstance(config, dict) or config.get("model_type") not in FAMILIES:
         given = config.get("model_type") if isinstance(config, dict) else type(config).__name__
         raise UserError(f"model.config: {file} has model_type {given!r}; supported: {', '.join(FAMILIES)}")
+    config = _with_one_rope_spelling(config)
+    missing = [key for key in REQUIRED[config["model_type"]] if key not in config]
+    if missing:
+        raise UserError(
+            f"model.config: {file} lacks {', '.join(missing)}, which a {config['model_type']} architecture needs; "
+            "add them from the model's published config.json"
+        )
     return config
+
+
+def _with_one_rope_spelling(config: Architecture) -> Architecture:
+    """`rope_theta` and `rope_scaling` from either spelling; `rope_scaling.rope_type` also where it was `type`."""
+    config = dict(config)
+    parameters = dict(config.pop("rope_parameters", None) or config.get("rope_scaling") or {})
+    theta = parameters.pop("rope_theta", config.get("rope_theta"))
+    if theta is not None:
+        config["rope_theta"] = theta
+    if "partial_rotary_factor" in parameters:
+        config["partial_rotary_factor"] = parameters.pop("partial_rotary_factor")
+    kind = parameters.pop("type", None)
+    kind = parameters.pop("rope_type", kind)
+    config["rope_scaling"] = {"rope_type": kind, **parameters} if kind not in (None, "default") else None
+    return config
+
+
+def _refuse_unsupported(config: Architecture) -> None:
+    family = config["model_type"]
+    for key, only in ONLY.items():
+        if config.get(key, only) not in (only, None):
+            raise UserError(
+                f"model: {key} = {config[key]!r} is not supported for {family}: its layers are built with "
+                f"{key} = {only!r} only, and another value would silently give another model"
+            )
+    scaling = config["rope_scaling"]
+    if scaling is None:
+        return
+    kind, allowed = scaling["rope_type"], "yarn" if family == "deepseek_v3" else "llama3"
+    if kind != allowed:
+        raise UserError(
+            f"model: rope_scaling of type {kind!r} is not supported for {family}; it can have {allowed!r} or none"
+        )
+    missing = [key for key in ROPE_SCALING[kind] if key not in scaling]
+    if missing:
+        raise UserError(f"model: rope_scaling of type {kind!r} lacks {', '.join(missing)}; add them to config.json")
+    fixed = {"low_freq_factor": 1, "high_freq_factor": 4, "original_max_position_embeddings": 8192}
+    if kind == "llama3" and any(scaling[key] != value for key, value in fixed.items()):
+        raise UserError(
+            f"model: rope_scaling {scaling}: Megatron-Core computes llama3 scaling with "
+            f"{', '.join(f'{key} = {value}' for key, value in fixed.items())} only; just `factor` is free"
+        )

@@ -22,7 +22,7 @@ from megatron_r1.observe.charts import Series
 from megatron_r1.observe.metrics import read_metrics
 from megatron_r1.observe.names import METRICS, format_value
 from megatron_r1.observe.rollouts import iterate_rollouts, rollout_files
-from megatron_r1.observe.rundir import Cell, Departure, RunDir, StageDir, StageState, SummaryTable
+from megatron_r1.observe.rundir import Departure, RunDir, StageDir, StageState
 
 PHASES = 6
 """Rollout phases of a stage that the report shows completions of."""
@@ -65,13 +65,20 @@ class Curve:
 
 
 @dataclass(kw_only=True, slots=True)
+class EvaluationTable:
+    """What the eval stages measured, as text."""
+
+    columns: list[str]
+    rows: list[list[str]]
+
+
+@dataclass(kw_only=True, slots=True)
 class RunView:
     """All that the report shows."""
 
     name: str
     stages: list[StageView]
-    tables: list[SummaryTable]
-    facts: dict[str, str]
+    evaluation: EvaluationTable | None
     departures: list[Departure]
     config_text: str
     curve: Curve
@@ -84,14 +91,10 @@ def collect(run_dir: Path) -> RunView:
     run = RunDir.open(run_dir)
     config_text, config = _read_config(run)
     stages = [_stage_view(state, run.stage(state.name)) for state in run.read_stages() or _guess_stages(run)]
-    tables, facts = run.read_summary()
-    if not tables:
-        tables = evaluation_tables([view.state for view in stages])
     return RunView(
         name=str(config.get("name") or run.path.resolve().name),
         stages=stages,
-        tables=tables,
-        facts=facts,
+        evaluation=evaluation_table([view.state for view in stages]),
         departures=run.read_departures(),
         config_text=config_text,
         curve=learning_curve(stages, config),
@@ -150,21 +153,19 @@ def _phase(step: int, path: Path) -> Phase:
     )
 
 
-def evaluation_tables(states: Sequence[StageState]) -> list[SummaryTable]:
-    """One table with a column for each eval stage that has a result and a row for each metric; []
-    without any.
-    """
+def evaluation_table(states: Sequence[StageState]) -> EvaluationTable | None:
+    """A column for each eval stage that has a result and a row for each metric; None without any."""
     done = [state for state in states if any(name.startswith("eval/") for name in state.result)]
     if not done:
-        return []
-    rows: list[list[Cell]] = []
+        return None
+    rows: list[list[str]] = []
     for name, metric in METRICS.items():
         if not name.startswith("eval/") or all(state.result.get(name) is None for state in done):
             continue
         values = [state.result.get(name) for state in done]
         label = evaluation_label(name, done[0].result.get("eval/k"))
         rows.append([label, *("-" if v is None else format_value(float(v), metric.unit) for v in values)])
-    return [SummaryTable(title="Held-out evaluation", columns=["", *(state.name for state in done)], rows=rows)]
+    return EvaluationTable(columns=["", *(state.name for state in done)], rows=rows)
 
 
 def evaluation_label(name: str, k: float | None) -> str:

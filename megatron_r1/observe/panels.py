@@ -39,11 +39,8 @@ PANELS: tuple[Panel, ...] = (
     ),
     Panel("KL to the reference", {"policy/kl": "KL"}),
     Panel("Entropy", {"policy/entropy": "entropy"}),
-    Panel(
-        "Language-model loss",
-        {"loss/lm": "next token", "loss/mtp": "multi-token", "loss/held_out": "held out"},
-    ),
-    Panel("Policy loss", {"loss/policy": "policy", "loss/kl": "KL term"}),
+    Panel("Language-model loss", {"loss/lm": "next token"}),
+    Panel("Policy loss", {"loss/total": "KL term included"}),
     Panel("Gradient norm", {"optim/grad_norm": "gradient norm"}),
     Panel("Throughput", {"rollout/tokens_per_second": "sampled", "train/tokens_per_second": "trained"}),
     Panel(
@@ -60,14 +57,15 @@ PANELS: tuple[Panel, ...] = (
     ),
     Panel("Clipped tokens", {"policy/clip_low": "from below", "policy/clip_high": "from above"}),
     Panel("Probability ratio", {"policy/ratio": "mean ratio"}),
+    Panel("Trainer against sampler", {"policy/engine_gap": "mean |difference in log-prob|"}),
     Panel("Learning rate", {"optim/lr": "learning rate"}, smoothed=False),
     Panel(
         "Time a step",
         {
             "time/step": "whole step",
             "time/rollout": "rollout",
+            "time/log_probs": "old and reference log-probs",
             "time/train": "train",
-            "time/sync": "weight sync",
         },
     ),
 )

@@ -23,7 +23,8 @@ from rich.table import Table
 from rich.text import Text
 
 from megatron_r1.observe.names import METRICS, format_value
-from megatron_r1.observe.rundir import Cell
+
+Cell = str | int | float | None
 
 SHOWN: dict[str, str] = {
     "reward/mean": "reward",

@@ -14,7 +14,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -22,7 +22,6 @@ from typing import Any, Literal
 from megatron_r1.config.errors import UserError
 
 State = Literal["pending", "running", "done", "failed"]
-Cell = str | int | float | None
 
 
 @dataclass(kw_only=True, slots=True)
@@ -52,15 +51,6 @@ class Departure:
     paper: str
     here: str
     why: str = ""
-
-
-@dataclass(kw_only=True, slots=True)
-class SummaryTable:
-    """A table of summary.json; the same three things that `progress.table` prints."""
-
-    title: str
-    columns: list[str]
-    rows: list[list[Cell]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -153,7 +143,7 @@ class RunDir:
 
     @property
     def summary_file(self) -> Path:
-        """Tables and facts of a finished run."""
+        """The first evaluation against the last, one flat JSON object (`pipeline/summary.py`)."""
         return self.path / "summary.json"
 
     @property
@@ -202,26 +192,6 @@ class RunDir:
     def write_departures(self, departures: Sequence[Departure]) -> None:
         """Replace departures.json."""
         write_json(self.departures_file, [dataclasses.asdict(item) for item in departures])
-
-    def read_summary(self) -> tuple[list[SummaryTable], dict[str, str]]:
-        """(tables, facts) of summary.json; empty where it has none; other keys are ignored."""
-        if not self.summary_file.exists():
-            return [], {}
-        try:
-            summary = read_json(self.summary_file)
-            return [SummaryTable(**table) for table in summary.get("tables", [])], dict(summary.get("facts", {}))
-        except (AttributeError, TypeError, ValueError) as error:
-            raise UserError(f"{self.summary_file}: not a summary ({error}); {_RESTORE}") from error
-
-    def write_summary(self, tables: Sequence[SummaryTable], facts: Mapping[str, str] | None = None) -> None:
-        """Replace summary.json: {"tables": [{"title", "columns", "rows"}], "facts": {label:
-        text}}.
-        """
-        content = {
-            "tables": [dataclasses.asdict(table) for table in tables],
-            "facts": dict(facts or {}),
-        }
-        write_json(self.summary_file, content)
 
 
 _RESTORE = "restore the file or start the run anew in another folder"

@@ -43,16 +43,16 @@ def unfinished_note(view: RunView) -> str:
 
 def summary(view: RunView) -> str:
     """Tiles with the main facts, and the before/after tables."""
-    facts = {**dict(_derived_facts(view)), **view.facts}
+    facts = dict(_derived_facts(view))
     tiles = [
         element("div", escape(value), "value") + element("div", escape(label), "what") for label, value in facts.items()
     ]
     blocks = [element("div", "".join(element("div", tile, "tile") for tile in tiles), "tiles")]
-    for one in view.tables:
-        rows = [[escape(cell_text(cell)) for cell in row] for row in one.rows]
-        columns = [escape(column) for column in one.columns]
-        blocks.append(element("h3", escape(one.title)) + table(columns, rows, "numbers"))
-    return "".join(blocks) if tiles or view.tables else ""
+    if view.evaluation is not None:
+        rows = [[escape(cell) for cell in row] for row in view.evaluation.rows]
+        columns = [escape(column) for column in view.evaluation.columns]
+        blocks.append(element("h3", "Held-out evaluation") + table(columns, rows, "numbers"))
+    return "".join(blocks) if tiles or view.evaluation is not None else ""
 
 
 _RECENT = 10

@@ -60,6 +60,9 @@ def install() -> bool:
     if not is_needed():
         return False
     if not getattr(torch.cuda, "_megatron_r1_cpu_backend", False):
+        from torch._dynamo import config as compiler
+
+        compiler.disable = True  # also what a Megatron import has decorated already
         for patch in PATCHES:
             patch.apply()
         torch.cuda._megatron_r1_cpu_backend = True  # type: ignore[attr-defined]
@@ -100,7 +103,13 @@ class _Event:
 
 
 class _Stream:
-    """All CPU work is synchronous, so waiting for a stream is nothing."""
+    """All CPU work is synchronous, so waiting for a stream is nothing.
+
+    A class, as the name it replaces: other libraries write `torch.cuda.Stream | None`.
+    """
+
+    def __init__(self, *_: Any, **__: Any) -> None:
+        return
 
     def wait_stream(self, *_: Any) -> None:
         return
@@ -298,7 +307,7 @@ def _patch_adam_step() -> None:
 PATCHES: tuple[Patch, ...] = (
     _cuda("current_device", "scratch tensors are allocated on it", lambda: device),
     _cuda("synchronize", "nothing runs asynchronously on the CPU", lambda *_, **__: None),
-    _cuda("Stream", "the expert dispatcher makes one", lambda *_, **__: _STREAM),
+    _cuda("Stream", "the expert dispatcher makes one", _Stream),
     _cuda("Event", "the expert dispatcher makes one", _Event),
     _cuda("current_stream", "waited on before reductions", lambda *_, **__: _STREAM),
     _cuda("default_stream", "waited on before reductions", lambda *_, **__: _STREAM),
@@ -352,6 +361,6 @@ PATCHES: tuple[Patch, ...] = (
 )
 
 # @jit_fuser is torch.compile: three to five seconds of C++ compilation per rank at the first step, for nothing on
-# a CPU. It has to be set before `import megatron.core`, hence at import of this module.
+# a CPU. Set before `import megatron.core` it leaves the functions undecorated; `install` covers a later call.
 if is_needed():
     os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")

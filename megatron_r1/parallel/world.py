@@ -18,6 +18,7 @@ import torch.distributed as dist
 
 from megatron_r1.config.errors import UserError
 from megatron_r1.config.model import ParallelConfig
+from megatron_r1.config.validate import check_world
 from megatron_r1.parallel import cpu_backend
 
 logger = logging.getLogger(__name__)
@@ -97,13 +98,7 @@ def start(layout: ParallelConfig, seed: int, timeout_minutes: int = 30) -> World
     from megatron.core import parallel_state, tensor_parallel
 
     rank, size = environment()
-    data_size, rest = divmod(size, layout.model_size)
-    if rest or (layout.data is not None and data_size != layout.data):
-        raise UserError(
-            f"[parallel] wants tensor {layout.tensor} x pipeline {layout.pipeline} x context {layout.context}"
-            f" x data {layout.data or 'any'}, but {size} processes were started; "
-            f"start {layout.world_size} of them, or change the layout"
-        )
+    check_world(layout, size)
     if not dist.is_initialized():
         _init_process_group(rank, size, on_cpu, timeout_minutes)
     parallel_state.initialize_model_parallel(
@@ -131,7 +126,7 @@ def start(layout: ParallelConfig, seed: int, timeout_minutes: int = 30) -> World
         tensor_rank=parallel_state.get_tensor_model_parallel_rank(),
         pipeline_rank=parallel_state.get_pipeline_model_parallel_rank(),
         data_rank=parallel_state.get_data_parallel_rank(),
-        data_size=data_size,
+        data_size=size // layout.model_size,
         context_rank=parallel_state.get_context_parallel_rank(),
         tensor_group=parallel_state.get_tensor_model_parallel_group(),
         pipeline_group=parallel_state.get_pipeline_model_parallel_group(),

@@ -8,6 +8,7 @@ from typing import Any
 from megatron_r1.config.optim import OptimizerConfig
 from megatron_r1.config.run import EvalStage
 from megatron_r1.observe.metrics import MetricsWriter
+from megatron_r1.observe.progress import Progress
 from megatron_r1.observe.rollouts import RolloutWriter
 from megatron_r1.rollout.megatron import MegatronEngine
 from megatron_r1.train.context import RunContext
@@ -30,7 +31,16 @@ def run_evaluation(stage: EvalStage, context: RunContext, start: Path | None) ->
         context.arch["vocab_size"],
         context.arch["max_position_embeddings"],
     )
-    metrics, styles, groups = evaluate(stage, context.tokenizer, engine, context.world, context.config.seed)
+    share = -(-stage.problems // context.world.data_size) * stage.k
+    with Progress(stage.name, share, enabled=context.world.rank == 0) as progress:
+        metrics, styles, groups = evaluate(
+            stage,
+            context.tokenizer,
+            engine,
+            context.world,
+            context.config.seed,
+            lambda done, total: progress.update(share * done // total, {}),
+        )
     if context.world.rank == 0:
         folder = context.run.stage(stage.name).path
         with MetricsWriter(folder, context.attempt) as writer:

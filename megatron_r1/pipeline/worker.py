@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_r1.checkpoint import folders
-from megatron_r1.config.errors import UserError
+from megatron_r1.config.errors import RunFailed, UserError
 from megatron_r1.config.run import EvalStage, GrpoStage, PretrainStage, RunConfig, Stage
 from megatron_r1.observe.rundir import RunDir, StageState
 from megatron_r1.pipeline.run import preflight, start_of
@@ -19,7 +19,7 @@ logger = logging.getLogger(__name__)
 
 
 def main(config: RunConfig, run_dir: Path) -> int:
-    """Run this rank; returns its exit status: 0, or 2 after a user's mistake, which rank 0 reports."""
+    """Run this rank; returns its exit status: 0, 2 after a user's mistake, 1 when it cannot go on; rank 0 says why."""
     _set_up_process(config)
     from megatron_r1.parallel import world as worlds
     from megatron_r1.train.stopping import Stopped
@@ -27,10 +27,10 @@ def main(config: RunConfig, run_dir: Path) -> int:
     try:
         world = worlds.start(config.parallel, config.seed, config.timeout_minutes)
         _run_stages(config, RunDir(run_dir), world)
-    except UserError as error:
+    except (UserError, RunFailed) as error:
         if int(os.environ.get("RANK", "0")) == 0:
             print(f"megatron-r1: {error}", file=sys.stderr)
-        return 2
+        return 2 if isinstance(error, UserError) else 1
     except Stopped as stopped:
         if int(os.environ.get("RANK", "0")) == 0:
             print(f"megatron-r1: {stopped}. The same command goes on from here", file=sys.stderr)
@@ -95,7 +95,7 @@ def _run_stage(stage: Stage, index: int, context: Any) -> None:
             result = grpo(stage, context, start)
         else:
             result = run_evaluation(stage, context, start)
-    except (UserError, RuntimeError):
+    except (UserError, RunFailed, RuntimeError):
         if rank == 0:
             run.update_stage(stage.name, state="failed")
         raise

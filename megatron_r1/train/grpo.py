@@ -7,6 +7,7 @@ rules, compare within the group, and climb the clipped, KL-regularised objective
 from __future__ import annotations
 
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,7 @@ from megatron_r1.train.context import RunContext
 from megatron_r1.train.log_probs import compute_log_probs, length_multiple
 from megatron_r1.train.loop import StageLoop
 from megatron_r1.train.objectives import PolicyObjective
-from megatron_r1.train.phase import Phase, group_samples, minibatch_order, sample_groups
+from megatron_r1.train.phase import Phase, advantages_of, group_samples, minibatch_order, phase_seed, sample_groups
 from megatron_r1.train.trainer import StepResult, Trainer
 from megatron_r1.types import Sample
 
@@ -66,13 +67,15 @@ def grpo(stage: GrpoStage, context: RunContext, start: Path | None) -> dict[str,
             if phase is None:
                 # 1. sample and score; 2. advantages; 3. old and reference log-probs
                 engine.update_weights(trainer.step)
-                seed = context.config.seed + trainer.step
-                groups, metrics = sample_groups(stage, cursor, engine, scorer, world, seed, loop.rollout_progress)
+                seed = phase_seed(context.config.seed, trainer.step)
+                rollout = sample_groups(stage, cursor, engine, scorer, world, seed, loop.rollout_progress)
                 if world.rank == 0:
-                    rollouts.write(trainer.step, groups)
-                samples = group_samples(groups, stage)
+                    advantages = [advantages_of(group, config.advantage) for group in rollout.groups]
+                    rollouts.write(trainer.step, rollout.groups, advantages)
+                samples = group_samples(rollout.kept, config.advantage)
                 order = minibatch_order(len(samples), config.minibatches, config.epochs, seed)
-                metrics["time/log_probs"] = _annotate(samples, len(order), stage, context, trainer, reference)
+                seconds = _annotate(samples, len(order), stage, context, trainer, reference)
+                metrics = {**rollout.metrics, "time/log_probs": seconds}
                 phase = Phase(samples, order, taken=0, metrics=metrics)
             # 4. one optimizer step on the next random minibatch
             minibatch = phase.minibatch()
@@ -86,7 +89,7 @@ def grpo(stage: GrpoStage, context: RunContext, start: Path | None) -> dict[str,
                 reference.replace(trainer.step)
             if phase.is_spent:
                 phase = None
-            loop.end_of_step(lambda: _loop_state(cursor, phase))  # noqa: B023 - called before phase changes
+            loop.end_of_step(partial(_loop_state, cursor, phase))
         return loop.closing
 
 

@@ -11,6 +11,7 @@ from typing import Any
 
 from megatron_r1.checkpoint import folders
 from megatron_r1.checkpoint import io as checkpoint_io
+from megatron_r1.config.errors import RunFailed
 from megatron_r1.config.run import TrainStage
 from megatron_r1.model.reference import Reference
 from megatron_r1.observe.metrics import MetricsWriter
@@ -26,7 +27,7 @@ logger = logging.getLogger(__name__)
 _RECORD_SECONDS = 5.0  # between two updates of stages.json
 
 
-class NonFinite(RuntimeError):
+class NonFinite(RunFailed):
     """The loss or the gradient is NaN or infinite; the batch is on disk and the last checkpoint is untouched."""
 
 

@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import dataclasses
 import random
+import statistics
 import time
+from collections import Counter
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,12 +19,20 @@ from megatron_r1.algorithms.advantage import group_advantages
 from megatron_r1.algorithms.filters import filter_no_signal
 from megatron_r1.algorithms.pass_at_k import majority_vote
 from megatron_r1.algorithms.shaping import overlong_penalty
+from megatron_r1.config.errors import RunFailed
+from megatron_r1.config.grpo import AdvantageConfig
 from megatron_r1.config.run import GrpoStage
 from megatron_r1.data.cursor import PromptCursor
 from megatron_r1.parallel.world import World
 from megatron_r1.rewards.mixer import Scorer
 from megatron_r1.rollout.engine import Progress, RolloutEngine
 from megatron_r1.types import Group, Prompt, Sample
+
+_MOST_ROUNDS = 64  # rollout rounds of one phase
+
+
+class NoSignal(RunFailed):
+    """No group of a phase gives a gradient."""
 
 
 @dataclass(slots=True)
@@ -55,6 +65,15 @@ class Phase:
         return cls(samples, state["order"], state["taken"], state["metrics"])
 
 
+@dataclass(frozen=True, slots=True)
+class Rollout:
+    """What a phase sampled: every scored group, those that are trained on, and what it cost."""
+
+    groups: list[Group]
+    kept: list[Group]
+    metrics: dict[str, float]
+
+
 def sample_groups(
     stage: GrpoStage,
     cursor: PromptCursor,
@@ -63,32 +82,55 @@ def sample_groups(
     world: World,
     seed: int,
     progress: Progress | None,
-) -> tuple[list[Group], dict[str, float]]:
-    """Scored groups of one phase, in prompt order, and the metrics of sampling and scoring. Collective.
+) -> Rollout:
+    """Sample and score one phase, the same on every rank and in prompt order. Collective.
 
     With dynamic sampling, groups without signal are replaced by those of further prompts, for at most
-    max_resampling rounds.
+    max_resampling rounds. Where dropping leaves no group at all, further prompts are sampled in any case; raises
+    NoSignal when that goes on.
     """
     grpo = stage.grpo
+    groups: list[Group] = []
     kept: list[Group] = []
-    everything: list[Group] = []
     spent = {"time/rollout": 0.0, "time/reward": 0.0}
     rounds = 0
-    while rounds == 0 or (grpo.dynamic_sampling and len(kept) < grpo.prompts and rounds < grpo.max_resampling):
-        prompts = cursor.take(grpo.prompts)
-        groups = _one_round(stage, prompts, engine, scorer, world, _phase_seed(seed, rounds), progress, spent)
-        everything += groups
-        kept += filter_no_signal(groups, grpo.no_signal).kept
+    while not kept or (grpo.dynamic_sampling and len(kept) < grpo.prompts and rounds < grpo.max_resampling):
+        prompts = distinct(cursor.take(grpo.prompts))
+        found = _one_round(stage, prompts, engine, scorer, world, seed + rounds, progress, spent)
+        groups += found
+        kept += filter_no_signal(found, grpo.no_signal).kept
         rounds += 1
+        if not kept and rounds == _MOST_ROUNDS:
+            raise NoSignal(
+                f"{len(groups)} groups in a row had rewards that were all equal, and "
+                f'stage.{stage.name}.grpo.no_signal = "drop" leaves nothing to train on. Give easier or harder '
+                'prompts, another reward, or no_signal = "keep"'
+            )
     kept = kept[: grpo.prompts]
-    metrics = {**spent, **group_metrics(everything), "groups/dropped": float(len(everything) - len(kept))}
+    metrics = {**spent, **group_metrics(groups), "groups/dropped": float(len(groups) - len(kept))}
     metrics["groups/rounds"] = float(rounds)
     metrics["rollout/tokens_per_second"] = metrics["rollout/tokens"] / max(1e-9, spent["time/rollout"])
-    return kept, metrics
+    return Rollout(groups, kept, metrics)
 
 
-def _phase_seed(seed: int, rounds: int) -> int:
-    return seed + 1_000_003 * rounds
+def phase_seed(seed: int, step: int) -> int:
+    """Seed of the phase that begins after `step` optimizer steps of a run with this seed."""
+    return (seed * 1_000_003 + step) * _MOST_ROUNDS
+
+
+def distinct(prompts: list[Prompt]) -> list[Prompt]:
+    """The prompts with repeats renamed "<id>#2", "<id>#3", ...
+
+    A phase larger than its source draws a prompt more than once; under one id the repeats would be sampled with the
+    same random numbers.
+    """
+    seen: Counter[str] = Counter()
+    renamed = []
+    for prompt in prompts:
+        seen[prompt.id] += 1
+        again = seen[prompt.id]
+        renamed.append(prompt if again == 1 else dataclasses.replace(prompt, id=f"{prompt.id}#{again}"))
+    return renamed
 
 
 def _one_round(
@@ -128,12 +170,16 @@ def _shape_overlong(groups: list[Group], stage: GrpoStage) -> None:
                 completion.score.total += penalty
 
 
-def group_samples(groups: list[Group], stage: GrpoStage) -> list[Sample]:
-    """One training sample a completion, with its group's advantage."""
+def advantages_of(group: Group, config: AdvantageConfig) -> list[float]:
+    """[G] advantages of a group's completions."""
+    return group_advantages(torch.tensor(group.rewards, dtype=torch.float64), config).tolist()
+
+
+def group_samples(groups: list[Group], config: AdvantageConfig) -> list[Sample]:
+    """One training sample a completion, with its advantage."""
     samples: list[Sample] = []
     for group in groups:
-        advantages = group_advantages(torch.tensor(group.rewards, dtype=torch.float64), stage.grpo.advantage)
-        for completion, advantage in zip(group.completions, advantages.tolist(), strict=True):
+        for completion, advantage in zip(group.completions, advantages_of(group, config), strict=True):
             samples.append(
                 Sample(
                     token_ids=[*group.prompt.token_ids, *completion.token_ids],
@@ -164,6 +210,7 @@ def group_metrics(groups: list[Group]) -> dict[str, float]:
     correct = [score.verdict.status == "correct" for score in scores]
     metrics = {
         "reward/mean": _mean([score.total for score in scores]),
+        "reward/std": _mean([statistics.pstdev(group.rewards) for group in groups]),
         "reward/accuracy": _mean(correct),
         "reward/majority": _mean([_majority_is_right(group) for group in groups]),
         "rollout/length": _mean(lengths),
@@ -178,6 +225,8 @@ def group_metrics(groups: list[Group]) -> dict[str, float]:
     }
     if scores and "format" in scores[0].parts:
         metrics["reward/format"] = _mean([score.parts["format"] != 0 for score in scores])
+    if scores and "overlong" in scores[0].parts:
+        metrics["reward/overlong"] = _mean([score.parts["overlong"] for score in scores])
     for name, wanted in (("rollout/length_correct", True), ("rollout/length_wrong", False)):
         part = [n for n, c in zip(lengths, correct, strict=True) if c is wanted]
         if part:

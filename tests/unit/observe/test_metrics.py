@@ -61,7 +61,7 @@ def test_unknown_names_are_refused_and_write_nothing(tmp_path: Path) -> None:
 
 def test_nonfinite_values_are_strict_json_and_come_back(tmp_path: Path) -> None:
     with MetricsWriter(tmp_path) as writer:
-        values = {"loss/policy": math.nan, "optim/grad_norm": math.inf, "loss/kl": -math.inf}
+        values = {"loss/total": math.nan, "optim/grad_norm": math.inf, "policy/kl": -math.inf}
         writer.write(5, {**values, "loss/lm": 1.0})
     text = (tmp_path / "metrics.jsonl").read_text()
 
@@ -69,15 +69,15 @@ def test_nonfinite_values_are_strict_json_and_come_back(tmp_path: Path) -> None:
         raise AssertionError(constant)
 
     line = json.loads(text, parse_constant=refuse)
-    assert line["loss/policy"] is None and line["optim/grad_norm"] is None
+    assert line["loss/total"] is None and line["optim/grad_norm"] is None
     assert line["nonfinite"] == {
-        "loss/policy": "nan",
+        "loss/total": "nan",
         "optim/grad_norm": "inf",
-        "loss/kl": "-inf",
+        "policy/kl": "-inf",
     }
     (row,) = read_metrics(tmp_path / "metrics.jsonl")
-    assert math.isnan(row["loss/policy"])
-    assert (row["optim/grad_norm"], row["loss/kl"], row["loss/lm"]) == (math.inf, -math.inf, 1.0)
+    assert math.isnan(row["loss/total"])
+    assert (row["optim/grad_norm"], row["policy/kl"], row["loss/lm"]) == (math.inf, -math.inf, 1.0)
     assert "nonfinite" not in row
 
 

@@ -15,7 +15,7 @@ from megatron_r1.observe.collect import collect, evenly_spaced
 from megatron_r1.observe.metrics import MetricsWriter
 from megatron_r1.observe.report import write_learning_curve, write_report
 from megatron_r1.observe.rollouts import RolloutWriter
-from megatron_r1.observe.rundir import Departure, RunDir, StageState, SummaryTable
+from megatron_r1.observe.rundir import Departure, RunDir, StageState
 from megatron_r1.observe.sections import MAX_TEXT, completion_html
 from megatron_r1.types import Completion, Group, Prompt, Score, Verdict
 
@@ -228,21 +228,12 @@ def test_the_learning_curve_is_an_svg_file(run: RunDir, tmp_path: Path) -> None:
         write_learning_curve(run.path, tmp_path / "none.svg")
 
 
-def test_a_summary_of_the_run_takes_the_place_of_the_evaluation_table(run: RunDir) -> None:
+def test_evaluations_stand_side_by_side(run: RunDir) -> None:
     page = Page(write_report(run.path).read_text())
     assert "Held-out evaluation" in page.texts("h3")
     cells = page.texts("td")
     at = cells.index("cons@16")
     assert cells[at : at + 4] == ["cons@16", "30.0%", "70.0%", "20.0%"]
-    run.write_summary(
-        [SummaryTable(title="Before and after", columns=["", "x"], rows=[["pass@1", 0.12345]])],
-        {"device": "2 CPU cores"},
-    )
-    page = Page(write_report(run.path).read_text())
-    assert "Held-out evaluation" not in page.texts("h3")
-    assert {"Before and after"} <= set(page.texts("h3"))
-    assert "0.123" in page.texts("td")
-    assert "2 CPU cores" in page.texts("div")
 
 
 def test_results_of_stages_are_read_out(run: RunDir) -> None:

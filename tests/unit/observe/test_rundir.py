@@ -12,7 +12,6 @@ from megatron_r1.observe.rundir import (
     Departure,
     RunDir,
     StageState,
-    SummaryTable,
     read_json,
     write_json,
 )
@@ -97,15 +96,9 @@ def test_a_failed_write_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.
     assert read_json(path) == {"n": 1}
 
 
-def test_summary_and_departures_come_back(tmp_path: Path) -> None:
+def test_departures_come_back(tmp_path: Path) -> None:
     run = RunDir(tmp_path)
-    assert run.read_summary() == ([], {})
     assert run.read_departures() == []
-    table = SummaryTable(title="t", columns=["", "x"], rows=[["a", 1], ["b", None]])
-    run.write_summary([table], {"device": "cpu"})
-    assert run.read_summary() == ([table], {"device": "cpu"})
-    write_json(run.summary_file, {"pass@1": 0.5})
-    assert run.read_summary() == ([], {})
     departure = Departure(key="k", paper="10", here="0.2", why="w")
     run.write_departures([departure])
     assert run.read_departures() == [departure]

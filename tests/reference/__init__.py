@@ -1,0 +1,1 @@
+"""Slow twins of the fast paths, in plain torch and Python."""

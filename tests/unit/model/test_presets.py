@@ -1,0 +1,235 @@
+"""Architectures: published sizes, either spelling of a config.json, and every refusal with its cure."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from megatron_r1.config.errors import UserError
+from megatron_r1.config.model import ModelConfig, ParallelConfig
+from megatron_r1.model.presets import FAMILIES, architecture, preset_names
+from megatron_r1.parallel import cpu_backend
+from megatron_r1.parallel.world import World
+from tests.reference.parameters import count_parameters
+
+TOKENS = 101  # of the char tokenizer: what the presets without a vocabulary get
+
+# As their releases say: 671B, 8.03B, 16B, 1.54B, 32.8B, 7.62B; without the router's biases (58 x 256 in DeepSeek-V3).
+PUBLISHED = {
+    "deepseek-v3": 671_026_404_352,
+    "llama-3.1-8b": 8_030_261_248,
+    "moonlight-16b-a3b": 15_960_108_544,
+    "qwen2.5-1.5b": 1_543_714_304,
+    "qwen2.5-32b": 32_763_876_352,
+    "qwen2.5-7b": 7_615_616_512,
+}
+TINY = ("tiny-dense", "tiny-moe")
+
+QWEN2: dict[str, Any] = dict(
+    model_type="qwen2",
+    vocab_size=200,
+    hidden_size=32,
+    intermediate_size=64,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    max_position_embeddings=64,
+    rope_theta=10000.0,
+    rms_norm_eps=1e-6,
+)
+YARN = dict(factor=4.0, original_max_position_embeddings=64, beta_fast=32, beta_slow=1, mscale=1.0, mscale_all_dim=1.0)
+LLAMA3 = dict(factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_position_embeddings=8192)
+
+
+def shipped(name: str, **override: Any) -> dict[str, Any]:
+    return architecture(ModelConfig(preset=name, override=override), TOKENS)
+
+
+def from_file(folder: Path, config: dict[str, Any], tokens: int = TOKENS) -> dict[str, Any]:
+    (folder / "config.json").write_text(json.dumps(config))
+    return architecture(ModelConfig(config=folder), tokens)
+
+
+def refusal(folder: Path, config: Any) -> str:
+    with pytest.raises(UserError) as caught:
+        from_file(folder, config)
+    return str(caught.value)
+
+
+def built_parameters(world: World, monkeypatch: pytest.MonkeyPatch, arch: dict[str, Any], mtp: bool = False) -> int:
+    """Parameters of the model, built on the meta device."""
+    from megatron_r1.model.build import build_model
+
+    monkeypatch.setattr(cpu_backend, "device", torch.device("meta"))
+    with torch.device("meta"):
+        (model,) = build_model(arch, ModelConfig(preset="tiny-moe", mtp=mtp), world)
+    assert {p.device.type for p in model.parameters()} == {"meta"}
+    return sum(p.numel() for p in model.parameters())
+
+
+def test_the_shipped_presets_are_these() -> None:
+    assert preset_names() == sorted([*PUBLISHED, *TINY])
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_published_sizes(name: str) -> None:
+    assert count_parameters(shipped(name)) == PUBLISHED[name]
+
+
+@pytest.mark.parametrize("name", [*PUBLISHED, *TINY])
+def test_the_built_model_has_the_counted_parameters(
+    world: World, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    """The first dense layers and two with experts; the rest are their repetition."""
+    whole = shipped(name)
+    for layers in (1, whole.get("first_k_dense_replace", 0) + 2):
+        arch = {**whole, "num_hidden_layers": layers}
+        if "first_k_dense_replace" in arch:
+            arch["first_k_dense_replace"] = min(layers, whole["first_k_dense_replace"])
+        assert built_parameters(world, monkeypatch, arch) == count_parameters(arch)
+
+
+@pytest.mark.slow
+def test_all_671_billion(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert built_parameters(world, monkeypatch, shipped("deepseek-v3")) == PUBLISHED["deepseek-v3"]
+
+
+def test_the_tiny_presets_are_tiny() -> None:
+    for name in TINY:
+        assert 300_000 <= count_parameters(shipped(name)) <= 1_500_000, name
+
+
+def test_multi_token_prediction_adds_one_layer(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A transformer layer like the last one, eh_proj [H, 2 H], three norms."""
+    arch = shipped("tiny-moe")
+    layers, hidden = arch["num_hidden_layers"], arch["hidden_size"]
+    layer = count_parameters({**arch, "num_hidden_layers": layers + 1}) - count_parameters(arch)
+    expected = layer + 2 * hidden * hidden + 3 * hidden
+    added = built_parameters(world, monkeypatch, arch, mtp=True) - built_parameters(world, monkeypatch, arch)
+    assert added == expected
+
+
+@pytest.mark.parametrize("name", [*PUBLISHED, *TINY])
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_every_preset_is_a_valid_megatron_config(world: World, name: str, precision: str) -> None:
+    from megatron_r1.model.megatron_config import transformer_config
+
+    model = ModelConfig(preset=name, precision=precision)
+    config = transformer_config(shipped(name), model, ParallelConfig(), on_cpu=True)
+    assert config.params_dtype == {"fp32": torch.float32, "bf16": torch.bfloat16}[precision]
+    assert config.bf16 is (precision == "bf16")
+
+
+def test_published_values() -> None:
+    """The keys on which releases of a family differ; from their config.json files."""
+    qwen = {name: shipped(f"qwen2.5-{name}") for name in ("1.5b", "7b", "32b")}
+    assert [a["rms_norm_eps"] for a in qwen.values()] == [1e-6, 1e-6, 1e-5]
+    assert [a["vocab_size"] for a in qwen.values()] == [151936, 152064, 152064]
+    assert [a["tie_word_embeddings"] for a in qwen.values()] == [True, False, False]
+    assert {(a["rope_theta"], a["max_position_embeddings"]) for a in qwen.values()} == {(1e6, 131072)}
+    llama = shipped("llama-3.1-8b")
+    assert (llama["rope_theta"], llama["rms_norm_eps"], llama["vocab_size"]) == (5e5, 1e-5, 128256)
+    assert llama["rope_scaling"] == {"rope_type": "llama3", **LLAMA3}
+    moonlight = shipped("moonlight-16b-a3b")
+    assert (moonlight["rope_theta"], moonlight["rms_norm_eps"], moonlight["rope_scaling"]) == (5e4, 1e-5, None)
+    assert (moonlight["routed_scaling_factor"], moonlight["q_lora_rank"]) == (2.446, None)
+    v3 = shipped("deepseek-v3")
+    assert v3["rope_scaling"] == {"rope_type": "yarn", **YARN, "factor": 40.0, "original_max_position_embeddings": 4096}
+
+
+def test_a_preset_without_a_vocabulary_takes_the_tokenizer_s() -> None:
+    assert shipped("tiny-moe")["vocab_size"] == TOKENS
+    assert shipped("tiny-moe", vocab_size=128)["vocab_size"] == 128
+    assert shipped("qwen2.5-7b")["vocab_size"] == 152064
+
+
+def test_overrides_replace_keys_and_unknown_ones_are_refused() -> None:
+    assert shipped("tiny-dense", num_hidden_layers=2)["num_hidden_layers"] == 2
+    scaled = shipped("llama-3.1-8b", rope_scaling={"type": "llama3", **LLAMA3, "factor": 32.0})
+    assert scaled["rope_scaling"] == {"rope_type": "llama3", **LLAMA3, "factor": 32.0}
+    with pytest.raises(UserError, match=r"model\.override\.num_layers: qwen2 .*; did you mean .*num_hidden_layers"):
+        shipped("tiny-dense", num_layers=2)
+
+
+def test_unknown_presets_are_refused_with_a_hint() -> None:
+    with pytest.raises(UserError, match="there is no 'tiny_moe'; did you mean 'tiny-moe'"):
+        shipped("tiny_moe")
+
+
+def test_either_spelling_of_rotary_embeddings(tmp_path: Path) -> None:
+    plain = {k: v for k, v in QWEN2.items() if k != "rope_theta"}
+    new = from_file(tmp_path, {**plain, "rope_parameters": {"rope_type": "default", "rope_theta": 5e5}})
+    assert (new["rope_theta"], new["rope_scaling"]) == (5e5, None)
+    assert "rope_parameters" not in new
+    assert new == from_file(tmp_path, {**plain, "rope_theta": 5e5})
+    llama = {**plain, "model_type": "llama"}
+    new = from_file(tmp_path, {**llama, "rope_parameters": {"rope_type": "llama3", "rope_theta": 5e5, **LLAMA3}})
+    assert new["rope_scaling"] == {"rope_type": "llama3", **LLAMA3}
+    assert new == from_file(tmp_path, {**llama, "rope_theta": 5e5, "rope_scaling": {"type": "llama3", **LLAMA3}})
+
+
+def test_a_file_or_its_folder(tmp_path: Path) -> None:
+    folder = from_file(tmp_path, QWEN2)
+    assert architecture(ModelConfig(config=tmp_path / "config.json"), TOKENS) == folder
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_missing_keys_are_named(tmp_path: Path, family: str) -> None:
+    said = refusal(tmp_path, {"model_type": family, "hidden_size": 32, "vocab_size": 200})
+    assert str(tmp_path / "config.json") in said and f"a {family} architecture needs" in said
+    lacking = said.split(" lacks ")[1].split(", which")[0].split(", ")
+    assert {"rms_norm_eps", "rope_theta", "num_hidden_layers", "max_position_embeddings"} <= set(lacking)
+    assert ("head_dim" in lacking) is (family == "qwen3")
+    assert ("topk_group" in lacking) is (family == "deepseek_v3")
+    assert "hidden_size" not in lacking
+
+
+@pytest.mark.parametrize(
+    ("fields", "words"),
+    [
+        ({"hidden_act": "gelu"}, "hidden_act = 'gelu' is not supported for qwen2"),
+        ({"use_sliding_window": True}, "use_sliding_window = True"),
+        ({"model_type": "llama", "attention_bias": True}, "attention_bias = True"),
+        ({"model_type": "llama", "mlp_bias": True}, "mlp_bias = True"),
+        ({"model_type": "llama", "partial_rotary_factor": 0.5}, "partial_rotary_factor = 0.5"),
+        ({"rope_scaling": {"type": "yarn", **YARN}}, "type 'yarn' is not supported for qwen2"),
+        ({"rope_scaling": {"rope_type": "linear", "factor": 2.0}}, "type 'linear' is not supported"),
+        ({"model_type": "llama", "rope_scaling": {"rope_type": "llama3", "factor": 8.0}}, "lacks low_freq_factor"),
+        (
+            {"model_type": "llama", "rope_scaling": {"rope_type": "llama3", **LLAMA3, "high_freq_factor": 2.0}},
+            "high_freq_factor = 4",
+        ),
+        ({"model_type": "gpt2"}, "model_type 'gpt2'; supported: qwen2, qwen3, llama, deepseek_v3"),
+        ({"vocab_size": 64}, "the tokenizer has 101 tokens but the model's vocab_size is 64"),
+    ],
+)
+def test_what_would_silently_be_another_model_is_refused(tmp_path: Path, fields: dict[str, Any], words: str) -> None:
+    assert words in refusal(tmp_path, {**QWEN2, **fields})
+
+
+@pytest.mark.parametrize(
+    ("fields", "words"),
+    [
+        ({"scoring_func": "softmax"}, "scoring_func = 'softmax'"),
+        ({"topk_method": "greedy"}, "topk_method = 'greedy'"),
+        ({"moe_layer_freq": 2}, "moe_layer_freq = 2"),
+        ({"rope_interleave": False}, "rope_interleave = False"),
+        ({"rope_scaling": {"rope_type": "llama3", **LLAMA3}}, "it can have 'yarn' or none"),
+        ({"rope_scaling": {"rope_type": "yarn", "factor": 4.0}}, "mscale, mscale_all_dim; add them"),
+    ],
+)
+def test_the_same_for_deepseek_v3(tmp_path: Path, fields: dict[str, Any], words: str) -> None:
+    assert words in refusal(tmp_path, {**shipped("tiny-moe"), **fields})
+
+
+def test_unreadable_files_are_named(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="there is no file .*config.json; give a Hugging Face"):
+        architecture(ModelConfig(config=tmp_path), TOKENS)
+    (tmp_path / "config.json").write_text("{")
+    with pytest.raises(UserError, match="is not readable JSON"):
+        architecture(ModelConfig(config=tmp_path), TOKENS)
+    assert "model_type 'list'" in refusal(tmp_path, [])
