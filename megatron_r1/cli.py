@@ -202,10 +202,15 @@ def _write_files(recipe: Path, config: RunConfig, run_dir: Path) -> None:
 
     run = RunDir(run_dir)
     found = departures(config)
-    if recipe.resolve() != run.resolved:  # else a run is continued from its resolved recipe: keep the first one
-        write_text(run.recipe, recipe.read_text(encoding="utf-8"))
-    write_text(run.resolved, dump(config))
-    run.write_departures([Departure(key=d.key, paper=d.paper, here=d.here, why=d.why) for d in found])
+    try:
+        if recipe.resolve() != run.resolved:  # else a run is continued from its resolved recipe: keep the first one
+            write_text(run.recipe, recipe.read_text(encoding="utf-8"))
+        write_text(run.resolved, dump(config))
+        run.write_departures([Departure(key=d.key, paper=d.paper, here=d.here, why=d.why) for d in found])
+    except OSError as error:
+        raise UserError(
+            f"the run directory {run_dir} cannot be written: {error.strerror}; choose another with --run-dir"
+        ) from error
     print(f"run directory: {run_dir}")
     print("departures from the paper's R1-Zero:", "" if found else "none")
     for item in found:

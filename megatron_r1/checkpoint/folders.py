@@ -69,7 +69,14 @@ def check(path: Path) -> None:
     manifest = path / MANIFEST
     if not manifest.is_file():
         raise UserError(f"{path} is not a checkpoint of this project: it has no {MANIFEST}")
-    for name, size in json.loads(manifest.read_text())["files"].items():
+    try:
+        files = dict(json.loads(manifest.read_text())["files"])
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(
+            f"checkpoint {path} is damaged: {MANIFEST} is not what was written ({error}). Remove that folder to go "
+            "on from an older checkpoint"
+        ) from None
+    for name, size in files.items():
         file = path / name
         found = file.stat().st_size if file.is_file() else None
         if found != size:

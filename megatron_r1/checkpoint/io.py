@@ -8,6 +8,9 @@ layout can load them.
 from __future__ import annotations
 
 import dataclasses
+import queue
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -16,7 +19,9 @@ import torch.distributed as dist
 from megatron.core import dist_checkpointing, tensor_parallel
 from megatron.core.dist_checkpointing.dict_utils import dict_list_map_inplace
 from megatron.core.dist_checkpointing.mapping import ShardedObject, ShardedTensor, ShardedTensorFactory
+from megatron.core.dist_checkpointing.strategies import filesystem_async
 from megatron.core.dist_checkpointing.utils import add_prefix_for_sharding
+from torch.distributed.checkpoint import CheckpointException
 
 from megatron_r1.checkpoint import folders
 from megatron_r1.config.errors import UserError
@@ -25,6 +30,7 @@ from megatron_r1.model.reference import Reference
 from megatron_r1.parallel.world import World
 
 _REFERENCE = "reference."
+_DISK_SIGNS = ("[Errno ", "PytorchStreamWriter failed", "inline_container.cc")  # of an OSError that Megatron's writers or torch have wrapped
 
 
 class TrainingState(Protocol):
@@ -52,6 +58,7 @@ def save(root: Path, trainer: TrainingState, loop: dict[str, Any], reference: Re
         box[0] = _attempt(lambda: folders.begin(root, trainer.step))
     dist.broadcast_object_list(box, src=0)
     target = _raise_or(box[0])
+    _save_without_a_manager_process()
     state = _sharded_state(trainer, reference, loading=False)
     state["loop"] = {
         **loop,
@@ -60,9 +67,11 @@ def save(root: Path, trainer: TrainingState, loop: dict[str, Any], reference: Re
         "distributed_optimizer": world.layout.distributed_optimizer,
         "reference_step": None if reference is None else reference.step,
     }
-    failure = _attempt(lambda: dist_checkpointing.save(state, str(target)))
-    if world.any(isinstance(failure, UserError)):
-        raise failure if isinstance(failure, UserError) else UserError("another rank could not save a checkpoint")
+    try:
+        dist_checkpointing.save(state, str(target))
+    except (OSError, RuntimeError, CheckpointException) as error:
+        # The others may be inside another collective of the save, so they are not told: they end with this rank.
+        raise _disk_error(error) or error from None
     if world.rank == 0:
         box[0] = _attempt(lambda: folders.commit(target, keep))
     dist.broadcast_object_list(box, src=0)
@@ -80,13 +89,12 @@ def load(path: Path, trainer: TrainingState, reference: Reference | None) -> dic
     loaded = _load(state, path)
     _load_models(trainer, loaded)
     trainer.optimizer.load_state_dict(loaded["optimizer"])
+    _separate_step_counts(trainer)
     trainer.schedule.load_state_dict(loaded["schedule"])
     trainer.step = loaded["loop"]["step"]
     if reference is not None:
-        with torch.no_grad():
-            for kept, value in zip(reference.weights, _flat_tensors(loaded["reference"]), strict=True):
-                kept.copy_(value)
-        reference.step = loaded["loop"]["reference_step"]
+        states = [loaded["reference"][_chunk_key(i)] for i in range(len(trainer.models))]
+        reference.restore(states, loaded["loop"]["reference_step"])
     if "rng" in loaded:
         torch.set_rng_state(loaded["rng"]["default"])
         tensor_parallel.get_cuda_rng_tracker().set_states(loaded["rng"]["tracker"])
@@ -106,7 +114,7 @@ def _sharded_state(trainer: TrainingState, reference: Reference | None, *, loadi
     metadata = _metadata(trainer.world)
     state: dict[str, Any] = {
         **models,
-        "optimizer": trainer.optimizer.sharded_state_dict(models, is_loading=loading, metadata=metadata),
+        "optimizer": _optimizer_state(trainer, models, metadata, loading=loading),
         "schedule": trainer.schedule.state_dict(),
         "rng": ShardedObject(
             "rng",
@@ -122,6 +130,42 @@ def _sharded_state(trainer: TrainingState, reference: Reference | None, *, loadi
         add_prefix_for_sharding(copy, _REFERENCE)
         state["reference"] = copy
     return state
+
+
+def _optimizer_state(trainer: TrainingState, models: dict[str, Any], metadata: dict[str, Any], *, loading: bool) -> Any:
+    parts = getattr(trainer.optimizer, "chained_optimizers", [trainer.optimizer])
+    buffers = [buffer for part in parts for buffer in getattr(part, "buffers", [])]
+    with _positions_without_padding(buffers):
+        return trainer.optimizer.sharded_state_dict(models, is_loading=loading, metadata=metadata)
+
+
+@contextmanager
+def _positions_without_padding(buffers: Sequence[Any]) -> Iterator[None]:
+    """Inside the block a buffer's map gives parameters the places they have without the padding between buckets.
+
+    Megatron-Core 0.16.1 gathers the optimizer state without that padding and then cuts the parameters out at places
+    that count it (`sharded_param_state_fully_reshardable`). Behind a padded bucket every saved moment and master
+    weight would be its neighbour's, with no more than a warning about the last one ("param range exceeds unpadded
+    buffer"). There are several buckets when gradients are reduced in overlap, and for an embedding that the first
+    and the last pipeline stage share (tied weights, multi-token prediction). Nothing else reads the map meanwhile.
+    """
+    kept = [buffer.param_index_map for buffer in buffers]
+    for buffer in buffers:
+        padding = [end - start - bucket.numel_unpadded for (start, end), bucket in _bounds(buffer)]
+        before = [sum(padding[:i]) for i in range(len(padding))]
+        buffer.param_index_map = {
+            parameter: (start - before[bucket], end - before[bucket], bucket)
+            for parameter, (start, end, bucket) in buffer.param_index_map.items()
+        }
+    try:
+        yield
+    finally:
+        for buffer, places in zip(buffers, kept, strict=True):
+            buffer.param_index_map = places
+
+
+def _bounds(buffer: Any) -> Iterator[tuple[tuple[int, int], Any]]:
+    return zip(buffer.bucket_indices, buffer.buckets, strict=True)
 
 
 def _with_own_data(leaf: Any) -> Any:
@@ -154,17 +198,12 @@ def _load_models(trainer: TrainingState, loaded: dict[str, Any]) -> None:
         model.load_state_dict(loaded[_chunk_key(i)], strict=True)
 
 
-def _flat_tensors(state: dict[str, Any]) -> list[torch.Tensor]:
-    return [value for chunk in state.values() for value in chunk.values() if isinstance(value, torch.Tensor)]
-
-
 def _load(state: dict[str, Any], path: Path) -> dict[str, Any]:
     try:
         return dist_checkpointing.load(state, str(path))
-    except Exception as error:
+    except (Exception, CheckpointException) as error:  # the latter is a BaseException
         raise UserError(
-            f"checkpoint {path} does not fit this model: {type(error).__name__}: {str(error)[:300]}. "
-            "Was it written with another architecture?"
+            f"checkpoint {path} does not fit this model: {_cause(error)}. Was it written with another architecture?"
         ) from error
 
 
@@ -182,6 +221,16 @@ def _layout(world: World) -> list[int]:
     layout = world.layout
     sizes = [layout.tensor, layout.pipeline, layout.virtual_pipeline, layout.context, layout.expert, layout.etp]
     return [*sizes, world.data_size]
+
+
+def _save_without_a_manager_process() -> None:
+    """Hand results of a save over in a plain queue.
+
+    Megatron-Core makes a multiprocessing manager for it: a second interpreter with torch, 280 MB and seconds a rank,
+    that lives on when its rank is killed. Only asynchronous saving, where another process writes, needs one.
+    """
+    if filesystem_async._results_queue is None:
+        filesystem_async._results_queue = queue.SimpleQueue()
 
 
 def _materialise_adam_state(trainer: TrainingState) -> None:
@@ -203,12 +252,42 @@ def _materialise_adam_state(trainer: TrainingState) -> None:
             part.optimizer.state["no parameters"] = {"step": torch.tensor(float(trainer.step))}
 
 
+def _separate_step_counts(trainer: TrainingState) -> None:
+    """Give every parameter its own step count after a load.
+
+    Megatron's load gives all parameters one tensor, and torch's AdamW would count it up once for each of them.
+    """
+    for part in getattr(trainer.optimizer, "chained_optimizers", [trainer.optimizer]):
+        for state in part.optimizer.state.values():
+            if isinstance(state.get("step"), torch.Tensor):
+                state["step"] = state["step"].clone()
+
+
 def _attempt(action: Any) -> Any:
     """The action's result, or a UserError as a value: every rank has to learn of it before anyone raises."""
     try:
         return action()
     except OSError as error:
-        return UserError(f"cannot write the checkpoint: {error}. Free some space or choose another --run-dir")
+        return _disk_error(error)
+
+
+def _disk_error(error: BaseException) -> UserError | None:
+    """What the user is told of a save that the disk refused; None where something else is wrong."""
+    failures: dict[int, Any] = getattr(error, "failures", {})  # of a CheckpointException: rank -> (error, traceback)
+    texts = [f"rank {rank}: {failure[0]}" for rank, failure in failures.items()] or [str(error)]
+    refused = isinstance(error, OSError) or any(sign in text for text in texts for sign in _DISK_SIGNS)
+    cure = (
+        "Is the disk full? Free some space and run the same command again, or choose another --run-dir; older "
+        "checkpoints are untouched"
+    )
+    return UserError(f"cannot write the checkpoint: {'; '.join(texts)}. {cure}") if refused else None
+
+
+def _cause(error: BaseException) -> str:
+    """One line of the message: the last where it is the trace of another process."""
+    lines = str(error).strip().splitlines() or [""]
+    line = lines[-1] if isinstance(error, CheckpointException) else lines[0]
+    return f"{type(error).__name__}: {line[:400]}"
 
 
 def _raise_or(value: Any) -> Any:

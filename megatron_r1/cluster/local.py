@@ -192,12 +192,13 @@ def _status(ranks: list[_Rank], failed: list[_Rank], stop: _Stop, errors: TextIO
         return _code(broken[0]) if broken else 128 + stop.signals[0]
     if not failed:
         return 0
-    first = failed[0]
-    if first.process.returncode == USER_ERROR:
-        spoke = ranks[0].process.returncode == USER_ERROR
-        if not spoke and first.log is not None:
-            _say(errors, "\n".join(_tail(first.log)))
+    told = [rank for rank in failed if rank.process.returncode == USER_ERROR]
+    if told:  # any other has lost a peer in the middle of a collective
+        logs = [rank.log for rank in told if rank.log is not None]
+        if len(logs) == len(told):  # rank 0, which has the terminal, said nothing
+            _say(errors, "\n".join(_tail(logs[0])))
         return USER_ERROR
+    first = failed[0]
     _report(first, len(ranks), errors)
     others = [f"rank {rank.number} ({_cause(rank)})" for rank in failed[1:]]
     if others:

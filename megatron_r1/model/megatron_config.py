@@ -6,8 +6,6 @@ report (arXiv 2412.19437). Whatever Megatron would get silently wrong is refused
 
 from __future__ import annotations
 
-import dataclasses
-import difflib
 from typing import Any
 
 import torch
@@ -16,40 +14,10 @@ from megatron.core.transformer.transformer_config import MLATransformerConfig, T
 
 from megatron_r1.config.errors import UserError
 from megatron_r1.config.model import ModelConfig, ParallelConfig
+from megatron_r1.model.megatron_fields import check_pass_through
 from megatron_r1.model.presets import Architecture
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
-
-# Fields that this project sets from the layout, the loss or the schedule: passing them through could only break it.
-RESERVED = frozenset(
-    (
-        "tensor_model_parallel_size",
-        "pipeline_model_parallel_size",
-        "virtual_pipeline_model_parallel_size",
-        "context_parallel_size",
-        "expert_model_parallel_size",
-        "expert_tensor_parallel_size",
-        "sequence_parallel",
-        "pipeline_dtype",
-        "params_dtype",
-        "bf16",
-        "fp16",
-        "calculate_per_token_loss",
-        "variable_seq_lengths",
-        "batch_p2p_comm",
-        "overlap_p2p_comm",
-        "use_cpu_initialization",
-        "perform_initialization",
-        "num_layers",
-        "hidden_size",
-        "grad_scale_func",
-        "finalize_model_grads_func",
-        "no_sync_func",
-        "grad_sync_func",
-        "param_sync_func",
-        "timers",
-    )
-)
 
 
 def transformer_config(
@@ -68,12 +36,12 @@ def transformer_config(
     if layers and model.mtp is not False:
         fields.update(mtp_num_layers=layers, mtp_loss_scaling_factor=mtp_loss)
     cls = MLATransformerConfig if fields.get("multi_latent_attention") else TransformerConfig
-    _check_pass_through(model.megatron, cls)
+    check_pass_through(model.megatron, latent_attention=cls is MLATransformerConfig)
     fields.update(model.megatron)
     _refuse_silent_traps(arch, fields)
     try:
         return cls(**fields)
-    except (AssertionError, ValueError) as error:
+    except (AssertionError, TypeError, ValueError) as error:
         raise UserError(f"Megatron-Core refuses this model and layout: {error}") from error
 
 
@@ -189,19 +157,6 @@ def _kernels(arch: Architecture) -> dict[str, Any]:
     if arch["model_type"] == "deepseek_v3":
         fused.update(moe_grouped_gemm=True, moe_permute_fusion=True)
     return fused
-
-
-def _check_pass_through(fields: dict[str, Any], cls: type) -> None:
-    known = {f.name for f in dataclasses.fields(cls)}
-    for key in fields:
-        if key in RESERVED:
-            raise UserError(
-                f"[model.megatron] {key}: this field follows from [model], [parallel] and the loss; set it there"
-            )
-        if key not in known:
-            close = difflib.get_close_matches(key, known, n=3)
-            hint = f"; did you mean {' or '.join(close)}?" if close else ""
-            raise UserError(f"[model.megatron] {key}: Megatron's {cls.__name__} has no such field{hint}")
 
 
 def _refuse_silent_traps(arch: Architecture, fields: dict[str, Any]) -> None:

@@ -83,6 +83,12 @@ class World:
         dist.all_reduce(tensor, op=dist.ReduceOp.MAX)
         return bool(tensor.item())
 
+    def largest(self, value: float) -> float:
+        """The largest rank's value, on every rank (seconds of the slowest one). A collective."""
+        tensor = torch.tensor(value, dtype=torch.float64, device=self.device)
+        dist.all_reduce(tensor, op=dist.ReduceOp.MAX)
+        return float(tensor.item())
+
 
 def environment() -> tuple[int, int]:
     """(rank, world size) as torchrun or the launcher set them; (0, 1) outside of both."""

@@ -5,14 +5,17 @@
 
 from __future__ import annotations
 
+from itertools import islice
 from pathlib import Path
 
+from megatron_r1.checkpoint import folders
 from megatron_r1.config.errors import UserError
 from megatron_r1.config.run import EvalStage, GrpoStage, PretrainStage, RunConfig
 from megatron_r1.config.validate import check_layout
 from megatron_r1.data.corpus import Corpus
-from megatron_r1.data.prompts import open_prompts
+from megatron_r1.data.prompts import PromptSource, open_prompts
 from megatron_r1.data.tokenizers import Tokenizer, build_tokenizer
+from megatron_r1.model.megatron_fields import check_pass_through
 from megatron_r1.model.presets import Architecture, architecture
 
 
@@ -23,6 +26,7 @@ def preflight(config: RunConfig) -> tuple[Architecture, Tokenizer]:
     """
     tokenizer = build_tokenizer(config.tokenizer)
     arch = architecture(config.model, tokenizer.vocab_size)
+    check_pass_through(config.model.megatron, latent_attention=arch["model_type"] == "deepseek_v3")
     check_layout(arch, config.parallel, None, megatron=config.model.megatron)
     for stage in config.stage:
         if stage.init_from is not None:
@@ -31,26 +35,31 @@ def preflight(config: RunConfig) -> tuple[Architecture, Tokenizer]:
             for corpus in stage.corpus:
                 next(Corpus(corpus, config.seed))
         elif isinstance(stage, (GrpoStage, EvalStage)):
-            open_prompts(stage.prompts, tokenizer)
             _check_lengths(stage, arch)
+            _check_first_prompt(stage, tokenizer, arch)
             if isinstance(stage, GrpoStage):
                 _check_grpo(stage, config)
     return arch, tokenizer
 
 
-def start_of(config: RunConfig, index: int, run_dir: Path) -> tuple[str, Path] | None:
-    """What stage `index` starts from: ("stage", its folder) or ("checkpoint", a folder); None: fresh weights.
+def start_of(config: RunConfig, index: int, run_dir: Path) -> Path | None:
+    """The folder of the stage, or of checkpoints, that stage `index` starts from; None: fresh weights.
 
     Without `from` it is the last stage before it that trains.
     """
     stage = config.stage[index]
     earlier = {s.name: s for s in config.stage[:index]}
     if stage.init_from is not None:
-        if stage.init_from in earlier:
-            return "stage", run_dir / stage.init_from
-        return "checkpoint", Path(stage.init_from)
+        return run_dir / stage.init_from if stage.init_from in earlier else Path(stage.init_from)
     trained = [s.name for s in config.stage[:index] if not isinstance(s, EvalStage)]
-    return ("stage", run_dir / trained[-1]) if trained else None
+    return run_dir / trained[-1] if trained else None
+
+
+def checkpoint_of(path: Path) -> Path | None:
+    """The checkpoint that `path` is, or the newest one in it (a stage's folder, or its `checkpoints`)."""
+    if (path / folders.MANIFEST).is_file():
+        return path
+    return folders.latest(path / "checkpoints") or folders.latest(path)
 
 
 def _check_start(source: str, name: str, config: RunConfig) -> None:
@@ -66,6 +75,11 @@ def _check_start(source: str, name: str, config: RunConfig) -> None:
             f"stage.{name}.from = {source!r}: neither a stage of this recipe ({', '.join(names)}) "
             "nor a checkpoint folder"
         )
+    else:
+        found = checkpoint_of(Path(source))
+        if found is None:
+            raise UserError(f"stage.{name}.from = {source!r}: that folder holds no complete checkpoint (step-<number>)")
+        folders.check(found)
 
 
 def _check_lengths(stage: GrpoStage | EvalStage, arch: Architecture) -> None:
@@ -75,6 +89,20 @@ def _check_lengths(stage: GrpoStage | EvalStage, arch: Architecture) -> None:
             f"stage.{stage.name}.sampling.max_new_tokens = {longest} leaves no room for a prompt: the model has "
             f"max_position_embeddings = {positions}. Ask for less than that"
         )
+
+
+def _check_first_prompt(stage: GrpoStage | EvalStage, tokenizer: Tokenizer, arch: Architecture) -> None:
+    """Opening a source checks its rows; what a wrong template or tokenizer makes of them shows in the first."""
+    source = open_prompts(stage.prompts, tokenizer)
+    prompts = iter([source[0]]) if isinstance(source, PromptSource) else source.stream(0, None)
+    longest = arch["max_position_embeddings"]
+    for prompt in islice(prompts, 1):
+        if len(prompt.token_ids) >= longest:
+            raise UserError(
+                f"stage.{stage.name}.prompts: prompt {prompt.id} has {len(prompt.token_ids)} tokens with its template, "
+                f"but the model has max_position_embeddings = {longest}: nothing is left to answer with. Take a "
+                'shorter template (template = "plain") or a model with more positions'
+            )
 
 
 def _check_grpo(stage: GrpoStage, config: RunConfig) -> None:

@@ -2,20 +2,28 @@
 
 from __future__ import annotations
 
+import errno
+import gc
 import logging
 import os
 import sys
 import time
+import warnings
 from pathlib import Path
 from typing import Any
 
-from megatron_r1.checkpoint import folders
 from megatron_r1.config.errors import RunFailed, UserError
 from megatron_r1.config.run import EvalStage, GrpoStage, PretrainStage, RunConfig, Stage
 from megatron_r1.observe.rundir import RunDir, StageState
-from megatron_r1.pipeline.run import preflight, start_of
+from megatron_r1.pipeline.run import checkpoint_of, preflight, start_of
 
 logger = logging.getLogger(__name__)
+
+# Warnings that libraries issue about their own insides (deprecated calls, optional kernels). Matched by the module
+# that the warning is attributed to, so that ours, and a library's about how we call it, are still shown.
+QUIET_MODULES = r"(torch|megatron\.core|transformers|tensorboard|google)(\.|$)"
+QUIET_CATEGORIES = (FutureWarning, DeprecationWarning, UserWarning)
+DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
 
 
 def main(config: RunConfig, run_dir: Path) -> int:
@@ -28,23 +36,31 @@ def main(config: RunConfig, run_dir: Path) -> int:
         world = worlds.start(config.parallel, config.seed, config.timeout_minutes)
         _run_stages(config, RunDir(run_dir), world)
     except (UserError, RunFailed) as error:
-        if int(os.environ.get("RANK", "0")) == 0:
-            print(f"megatron-r1: {error}", file=sys.stderr)
+        _say(f"error: {error}")
         return 2 if isinstance(error, UserError) else 1
+    except OSError as error:
+        if error.errno not in DISK_ERRORS:
+            raise
+        _say(f"error: cannot write to {run_dir}: {error}. Free some space, then run the same command again")
+        return 2
     except Stopped as stopped:
-        if int(os.environ.get("RANK", "0")) == 0:
-            print(f"megatron-r1: {stopped}. The same command goes on from here", file=sys.stderr)
+        if os.environ.get("RANK", "0") == "0":
+            _say(f"{stopped}. The same command goes on from here")
         return 0
     finally:
         worlds.stop()
     return 0
 
 
-def _set_up_process(config: RunConfig) -> None:
-    import warnings
+def _say(text: str) -> None:
+    """A message for people. Every rank says what ended it: an error may be one rank's alone."""
+    rank = os.environ.get("RANK", "0")
+    print(f"megatron-r1{'' if rank == '0' else f' (rank {rank})'}: {text}", file=sys.stderr)
 
-    # Megatron warns a dozen times at import about optional kernels; which spec is used is logged instead.
-    warnings.filterwarnings("ignore", module="megatron")
+
+def _set_up_process(config: RunConfig) -> None:
+    for category in QUIET_CATEGORIES:
+        warnings.filterwarnings("ignore", category=category, module=QUIET_MODULES)
     rank = int(os.environ.get("RANK", "0"))
     logging.basicConfig(
         level=logging.INFO if rank == 0 else logging.WARNING, format="%(asctime)s %(name)s: %(message)s", force=True
@@ -60,7 +76,7 @@ def _run_stages(config: RunConfig, run: RunDir, world: Any) -> None:
     from megatron_r1.pipeline.summary import write_summary
     from megatron_r1.train.context import RunContext
     from megatron_r1.train.evaluate import heldout_prompts
-    from megatron_r1.train.stopping import StopRequest
+    from megatron_r1.train.stopping import Stopped, StopRequest, forget_stop_file
 
     arch, tokenizer = preflight(config)
     evals = [stage for stage in config.stage if isinstance(stage, EvalStage)]
@@ -68,11 +84,15 @@ def _run_stages(config: RunConfig, run: RunDir, world: Any) -> None:
     states = _states(config, run)
     if world.rank == 0:
         run.write_stages(states)
+    forget_stop_file(run.path, world)
     stop = StopRequest(run.path, world)
     context = RunContext(config, arch, world, tokenizer, run, stop, heldout, _attempt(run))
+    gc.freeze()  # Megatron collects garbage twice a checkpoint: what the imports made need not be searched each time
     for index, stage in enumerate(config.stage):
         if states[index].state == "done":
             continue
+        if stop.agreed():
+            raise Stopped(f"stopped before stage {stage.name}")
         _run_stage(stage, index, context)
     if world.rank == 0:
         write_summary(run)
@@ -82,6 +102,7 @@ def _run_stage(stage: Stage, index: int, context: Any) -> None:
     from megatron_r1.pipeline.evaluation import run_evaluation
     from megatron_r1.train.grpo import grpo
     from megatron_r1.train.pretrain import pretrain
+    from megatron_r1.train.stopping import Stopped
 
     run, rank = context.run, context.world.rank
     began = time.time()
@@ -95,7 +116,9 @@ def _run_stage(stage: Stage, index: int, context: Any) -> None:
             result = grpo(stage, context, start)
         else:
             result = run_evaluation(stage, context, start)
-    except (UserError, RunFailed, RuntimeError):
+    except Stopped:
+        raise
+    except Exception:
         if rank == 0:
             run.update_stage(stage.name, state="failed")
         raise
@@ -109,12 +132,9 @@ def _start_checkpoint(config: RunConfig, index: int, run_dir: Path) -> Path | No
     start = start_of(config, index, run_dir)
     if start is None:
         return None
-    kind, path = start
-    if kind == "checkpoint" and (path / folders.MANIFEST).is_file():
-        return path
-    found = folders.latest(path / "checkpoints" if kind == "stage" else path)
+    found = checkpoint_of(start)
     if found is None:
-        raise UserError(f"stage {config.stage[index].name!r} starts from {path}, which holds no complete checkpoint")
+        raise UserError(f"stage {config.stage[index].name!r} starts from {start}, which holds no complete checkpoint")
     return found
 
 

@@ -184,8 +184,8 @@ class MegatronEngine:
             row.finish_reason = "length"
 
     def _hit_stop(self, row: _Row, stops: list[str]) -> bool:
-        # A stop string of n characters ends within the last n tokens, each being at least a character of text.
-        tail = self.tokenizer.decode(row.token_ids[-max(len(stop) for stop in stops) :])
+        # A stop string of n bytes ends within the last n tokens, each being at least a byte of text.
+        tail = self.tokenizer.decode(row.token_ids[-max(len(stop.encode()) for stop in stops) :])
         return any(stop in tail for stop in stops)
 
     def _forward(self, tokens_BT: torch.Tensor, position: int, context: _Cache) -> torch.Tensor | None:

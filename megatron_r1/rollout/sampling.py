@@ -15,6 +15,7 @@ import torch
 from megatron_r1.config.optim import SamplingConfig
 
 _CHUNK = 64
+_ROUNDING = 1e-6  # of a sum of float32 probabilities
 
 
 class UniformStreams:
@@ -66,5 +67,6 @@ def _truncate(log_probs_BV: torch.Tensor, sampling: SamplingConfig) -> tuple[tor
     if sampling.top_p < 1.0:
         probs_BV = torch.softmax(sorted_BV, dim=-1)
         before_BV = probs_BV.cumsum(-1) - probs_BV  # the first token whose mass reaches top_p is still kept
-        sorted_BV[before_BV >= sampling.top_p] = -torch.inf
+        # A sum that is top_p but for rounding has reached it; the likeliest token, with nothing before, always stays.
+        sorted_BV[before_BV >= max(sampling.top_p - _ROUNDING, _ROUNDING)] = -torch.inf
     return torch.log_softmax(sorted_BV, dim=-1), order_BV

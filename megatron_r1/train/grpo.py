@@ -75,7 +75,7 @@ def grpo(stage: GrpoStage, context: RunContext, start: Path | None) -> dict[str,
                 samples = group_samples(rollout.kept, config.advantage)
                 order = minibatch_order(len(samples), config.minibatches, config.epochs, seed)
                 seconds = _annotate(samples, len(order), stage, context, trainer, reference)
-                metrics = {**rollout.metrics, "time/log_probs": seconds}
+                metrics = {**rollout.metrics, "time/log_probs": world.largest(seconds)}
                 phase = Phase(samples, order, taken=0, metrics=metrics)
             # 4. one optimizer step on the next random minibatch
             minibatch = phase.minibatch()

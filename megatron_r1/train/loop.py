@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -131,9 +132,15 @@ class StageLoop:
                 }
                 for sample in samples
             ]
-            write_json(dump, {"sums": result.sums, "grad_norm": result.grad_norm, "samples": rows})
+            sums = {name: _spelled(value) for name, value in result.sums.items()}
+            write_json(dump, {"sums": sums, "grad_norm": _spelled(result.grad_norm), "samples": rows})
         raise NonFinite(
             f"stage {self.stage.name}, step {self.trainer.step}: the loss or the gradient norm is not finite "
             f"(gradient norm {result.grad_norm}, sums {result.sums}). The batch is in {dump}; the newest checkpoint "
             "is from before it. Lower optimizer.lr or look at the batch, then run the same command again"
         )
+
+
+def _spelled(value: float) -> float | str:
+    """JSON has no NaN and no infinity: those become text."""
+    return value if math.isfinite(value) else str(value)

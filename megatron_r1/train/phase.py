@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from megatron_r1.algorithms.advantage import group_advantages
-from megatron_r1.algorithms.filters import filter_no_signal
+from megatron_r1.algorithms.filters import filter_no_signal, signal
 from megatron_r1.algorithms.pass_at_k import majority_vote
 from megatron_r1.algorithms.shaping import overlong_penalty
 from megatron_r1.config.errors import RunFailed
@@ -107,6 +107,8 @@ def sample_groups(
                 'prompts, another reward, or no_signal = "keep"'
             )
     kept = kept[: grpo.prompts]
+    # A checkpoint in the middle of the phase holds these metrics, so they must not differ between ranks.
+    spent = {name: world.largest(seconds) for name, seconds in spent.items()}
     metrics = {**spent, **group_metrics(groups), "groups/dropped": float(len(groups) - len(kept))}
     metrics["groups/rounds"] = float(rounds)
     metrics["rollout/tokens_per_second"] = metrics["rollout/tokens"] / max(1e-9, spent["time/rollout"])
@@ -219,7 +221,7 @@ def group_metrics(groups: list[Group]) -> dict[str, float]:
         "rollout/completions": float(len(completions)),
         "rollout/tokens": float(sum(lengths)),
         "verdict/unknown": _mean([score.verdict.status == "unknown" for score in scores]),
-        "groups/no_signal": _mean([len(set(group.rewards)) == 1 for group in groups]),
+        "groups/no_signal": _mean([not signal(group).keep for group in groups]),
         "groups/all_correct": _mean([all(_statuses(group, "correct")) for group in groups]),
         "groups/all_wrong": _mean([not any(_statuses(group, "correct")) for group in groups]),
     }
@@ -241,7 +243,9 @@ def _statuses(group: Group, status: str) -> list[bool]:
 def _majority_is_right(group: Group) -> bool:
     verdicts = [c.score.verdict for c in group.completions if c.score is not None]
     winner = majority_vote([verdict.extracted for verdict in verdicts])
-    return any(verdict.extracted == winner and verdict.status == "correct" for verdict in verdicts)
+    return winner is not None and any(
+        verdict.extracted == winner and verdict.status == "correct" for verdict in verdicts
+    )
 
 
 def _mean(values: list[Any]) -> float:

@@ -10,7 +10,7 @@ import torch
 
 from megatron_r1.config.model import ParallelConfig
 from tests.dist.harness import run_layouts, run_world
-from tests.dist.workload import generate, resume, save_start, train
+from tests.dist.workload import generate, resume, resume_each, save_start, train
 
 ONE = ParallelConfig(data=1)
 TWO = {
@@ -84,13 +84,22 @@ def test_parameters_equal_one_process(runs: dict[str, Any]) -> None:
 def test_optimizer_state_loads_under_another_layout(runs: dict[str, Any], start: Path) -> None:
     if runs["kind"] == "lm":
         pytest.skip("the policy loss covers it")
-    layouts = list((TWO if runs["preset"] == "tiny-moe" else DENSE).values())
-    expected = run_world(resume, ONE, str(runs["saved"] / "one"), runs["preset"], runs["kind"], STEPS)[0]
-    for saved in sorted(path.name for path in runs["saved"].iterdir()):
-        arguments = (str(runs["saved"] / saved), runs["preset"], runs["kind"], STEPS)
-        chosen = layouts if saved == "one" else layouts[2:3]  # from one to all, from each to one other
-        for ranks in run_layouts(resume, chosen, *arguments):
-            assert ranks[0] == pytest.approx(expected, rel=5e-5, abs=5e-6), saved
+    """From one process to every layout, and from every layout back to one process."""
+    layouts = TWO if runs["preset"] == "tiny-moe" else DENSE
+    chosen = [layout for layout in layouts.values() if layout.distributed_optimizer]
+    arguments = (runs["preset"], runs["kind"], STEPS)
+    expected = run_world(resume, ONE, str(runs["saved"] / "one"), *arguments)[0]
+    for ranks in run_layouts(resume, chosen, str(runs["saved"] / "one"), *arguments):
+        assert ranks[0] == pytest.approx(expected, rel=5e-5, abs=5e-6)
+    others = sorted(str(path) for path in runs["saved"].iterdir() if path.name not in ("one", "replicated"))
+    for found in run_world(resume_each, ONE, others, *arguments)[0]:
+        assert found == pytest.approx(expected, rel=5e-5, abs=5e-6)
+
+
+def test_replicated_optimizer_state_is_not_taken_for_a_sharded_one(runs: dict[str, Any]) -> None:
+    arguments = (str(runs["saved"] / "replicated"), runs["preset"], runs["kind"], STEPS)
+    with pytest.raises(AssertionError, match=r"Set parallel\.distributed_optimizer = false"):
+        run_world(resume, ONE, *arguments)
 
 
 def test_tokens_equal_one_process(start: Path) -> None:

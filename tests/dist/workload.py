@@ -104,6 +104,11 @@ def resume(world: World, root: str, preset: str, kind: str, step: int) -> tuple[
     return result.sums["loss" if kind == "grpo" else "nll"], result.grad_norm
 
 
+def resume_each(world: World, roots: list[str], preset: str, kind: str, step: int) -> list[tuple[float, float]]:
+    """`resume` for several checkpoints in one process."""
+    return [resume(world, root, preset, kind, step) for root in roots]
+
+
 def generate(world: World, root: str, preset: str) -> tuple[list[list[list[int]]], float]:
     """Tokens that every prompt's completions get, and how far decoding is from a full forward in log-prob."""
     trainer = make_trainer(world, preset, mtp=False)
@@ -130,6 +135,8 @@ def generate(world: World, root: str, preset: str) -> tuple[list[list[list[int]]
 
 def layout_name(world: World) -> str:
     layout = world.layout
+    if not layout.distributed_optimizer:
+        return "replicated"
     parts = dict(
         tp=layout.tensor, pp=layout.pipeline, vpp=layout.virtual_pipeline, ep=layout.expert, etp=layout.etp,
         dp=world.data_size,

@@ -81,9 +81,7 @@ def test_published_sizes(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", [*PUBLISHED, *TINY])
-def test_the_built_model_has_the_counted_parameters(
-    world: World, monkeypatch: pytest.MonkeyPatch, name: str
-) -> None:
+def test_the_built_model_has_the_counted_parameters(world: World, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
     """The first dense layers and two with experts; the rest are their repetition."""
     whole = shipped(name)
     for layers in (1, whole.get("first_k_dense_replace", 0) + 2):
@@ -227,7 +225,7 @@ def test_the_same_for_deepseek_v3(tmp_path: Path, fields: dict[str, Any], words:
 
 
 def test_unreadable_files_are_named(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="there is no file .*config.json; give a Hugging Face"):
+    with pytest.raises(UserError, match=r"there is no file .*config\.json; give a Hugging Face"):
         architecture(ModelConfig(config=tmp_path), TOKENS)
     (tmp_path / "config.json").write_text("{")
     with pytest.raises(UserError, match="is not readable JSON"):

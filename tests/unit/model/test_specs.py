@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from itertools import pairwise
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -79,7 +80,7 @@ def test_packed_sequences_equal_each_alone(world: World) -> None:
     found = core_attention(10)(query, key, value, packed_seq_params=packed)
     alone = [
         slow_attention(query[a:b, None], key[a:b, None], value[a:b, None], scale=None)[:, 0]
-        for a, b in zip(bounds, bounds[1:], strict=False)
+        for a, b in pairwise(bounds)
     ]
     assert found.shape == (11, 4 * 6)
     assert_same(found, torch.cat(alone), [query, key, value])

@@ -1,0 +1,118 @@
+"""The `[model.megatron]` table against the fields of Megatron's configuration, before any process starts.
+
+Megatron is not imported (it would load torch, seconds of it): its dataclasses are read from the installed source.
+`model/megatron_config.py` makes the configuration itself, and what only Megatron can judge fails there.
+"""
+
+from __future__ import annotations
+
+import ast
+import difflib
+import importlib.util
+from collections.abc import Iterator, Mapping
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from megatron_r1.config.errors import UserError
+
+# Fields that this project sets from the layout, the loss or the schedule: passing them through could only break it.
+RESERVED = frozenset(
+    (
+        "tensor_model_parallel_size",
+        "pipeline_model_parallel_size",
+        "virtual_pipeline_model_parallel_size",
+        "context_parallel_size",
+        "expert_model_parallel_size",
+        "expert_tensor_parallel_size",
+        "sequence_parallel",
+        "pipeline_dtype",
+        "params_dtype",
+        "bf16",
+        "fp16",
+        "calculate_per_token_loss",
+        "variable_seq_lengths",
+        "batch_p2p_comm",
+        "overlap_p2p_comm",
+        "use_cpu_initialization",
+        "perform_initialization",
+        "num_layers",
+        "hidden_size",
+        "grad_scale_func",
+        "finalize_model_grads_func",
+        "no_sync_func",
+        "grad_sync_func",
+        "param_sync_func",
+        "timers",
+    )
+)
+_SOURCES = ("model_parallel_config.py", "transformer/transformer_config.py")
+_DENSE = ("ModelParallelConfig", "TransformerConfig")
+_SCALARS: dict[str, tuple[type, ...]] = {"bool": (bool,), "int": (int,), "float": (float, int), "str": (str,)}
+
+
+def check_pass_through(fields: Mapping[str, Any], *, latent_attention: bool) -> None:
+    """Refuse what Megatron's configuration does not have, or what it has with another type.
+
+    Args:
+        fields: the `[model.megatron]` table.
+        latent_attention: whether the architecture has multi-head latent attention (DeepSeek-V3).
+
+    Raises:
+        UserError: a field that follows from other tables, an unknown field, or a value of the wrong type.
+    """
+    if not fields:
+        return
+    classes = (*_DENSE, "MLATransformerConfig") if latent_attention else _DENSE
+    known = {name: annotation for cls in classes for name, annotation in _annotations().get(cls, {}).items()}
+    for key, value in fields.items():
+        if key in RESERVED:
+            raise UserError(
+                f"[model.megatron] {key}: this field follows from [model], [parallel] and the loss; set it there"
+            )
+        if known and key not in known:
+            close = difflib.get_close_matches(key, known, n=3)
+            hint = f"; did you mean {' or '.join(close)}?" if close else ""
+            raise UserError(f"[model.megatron] {key}: Megatron's {classes[-1]} has no such field{hint}")
+        if known and not _fits(value, known[key]):
+            raise UserError(f"[model.megatron] {key}: got {value!r}; Megatron declares it as {ast.unparse(known[key])}")
+
+
+@cache
+def _annotations() -> dict[str, dict[str, ast.expr]]:
+    """Class -> field -> annotation, of the installed Megatron-Core; empty where its source is not found."""
+    spec = importlib.util.find_spec("megatron")  # a namespace package: finding it imports nothing
+    roots = [Path(root) / "core" for root in (spec.submodule_search_locations or [])] if spec else []
+    found: dict[str, dict[str, ast.expr]] = {}
+    for file in (root / source for root in roots for source in _SOURCES):
+        if file.is_file():
+            for node in ast.parse(file.read_text(encoding="utf-8")).body:
+                if isinstance(node, ast.ClassDef):
+                    found[node.name] = dict(_fields(node))
+    return found
+
+
+def _fields(node: ast.ClassDef) -> Iterator[tuple[str, ast.expr]]:
+    for line in node.body:
+        if isinstance(line, ast.AnnAssign) and isinstance(line.target, ast.Name):
+            yield line.target.id, line.annotation
+
+
+def _fits(value: Any, annotation: ast.expr) -> bool:
+    """Whether a TOML value fits: only scalars and Literals are judged, any other annotation takes everything."""
+    if isinstance(annotation, ast.Subscript) and isinstance(annotation.value, ast.Name):
+        outer, inner = annotation.value.id, annotation.slice
+        if outer == "Optional":
+            return _fits(value, inner)
+        if outer == "Literal":
+            return value in ast.literal_eval(ast.Tuple(_items(inner), ast.Load()))
+        if outer == "Union":
+            return any(_fits(value, item) for item in _items(inner))
+        return True
+    if isinstance(annotation, ast.Name) and annotation.id in _SCALARS:
+        return isinstance(value, _SCALARS[annotation.id]) and (annotation.id == "bool") == isinstance(value, bool)
+    return True
+
+
+def _items(inner: ast.expr) -> list[ast.expr]:
+    return inner.elts if isinstance(inner, ast.Tuple) else [inner]

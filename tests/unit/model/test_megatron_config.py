@@ -1,0 +1,219 @@
+"""What reaches Megatron's configuration, and what is refused before it could go wrong silently."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from megatron_r1.config.errors import UserError
+from megatron_r1.config.model import ModelConfig, ParallelConfig
+from megatron_r1.model.presets import architecture
+from megatron_r1.parallel.world import World
+
+
+def build(
+    preset: str = "tiny-moe",
+    megatron: dict[str, Any] | None = None,
+    layout: ParallelConfig | None = None,
+    arch: dict[str, Any] | None = None,
+    on_cpu: bool = True,
+    **model: Any,
+) -> Any:
+    """transformer_config of a preset with some keys of its architecture replaced."""
+    from megatron_r1.model.megatron_config import transformer_config
+
+    chosen = ModelConfig(preset=preset, megatron=megatron or {}, **model)
+    whole = {**architecture(chosen, 96), **(arch or {})}
+    return transformer_config(whole, chosen, layout or ParallelConfig(), on_cpu=on_cpu, mtp_loss=0.3)
+
+
+def refusal(**arguments: Any) -> str:
+    with pytest.raises(UserError) as caught:
+        build(**arguments)
+    return str(caught.value)
+
+
+def test_every_mechanism_of_deepseek_v3_is_on_in_the_tiny_model(world: World) -> None:
+    arch = architecture(ModelConfig(preset="tiny-moe"), 96)
+    config = build()
+    assert config.multi_latent_attention and config.q_lora_rank and config.kv_lora_rank and config.qk_layernorm
+    assert config.rope_type == "yarn" and config.rotary_scaling_factor > 1
+    assert config.moe_router_score_function == "sigmoid" and config.moe_router_dtype == "fp32"
+    assert config.moe_router_enable_expert_bias and config.moe_router_bias_update_rate == 1e-3
+    assert config.moe_router_num_groups > config.moe_router_group_topk >= 1
+    assert config.moe_router_topk == 2 * config.moe_router_group_topk
+    assert config.moe_router_topk_scaling_factor == 2.5
+    assert config.moe_router_load_balancing_type == "none" and config.moe_aux_loss_coeff == 0
+    assert config.moe_shared_expert_intermediate_size == arch["n_shared_experts"] * arch["moe_intermediate_size"]
+    dense = arch["first_k_dense_replace"]
+    assert dense >= 1 and config.moe_layer_freq == [0] * dense + [1] * (arch["num_hidden_layers"] - dense)
+    assert 1 in config.moe_layer_freq
+    assert (config.mtp_num_layers, config.mtp_loss_scaling_factor) == (1, 0.3)
+
+
+def test_the_full_model_by_value(world: World) -> None:
+    """DeepSeek-V3 technical report (arXiv 2412.19437), section 4.2."""
+    config = build("deepseek-v3")
+    found = {
+        "num_layers": config.num_layers,
+        "hidden_size": config.hidden_size,
+        "num_attention_heads": config.num_attention_heads,
+        "qk_head_dim": config.qk_head_dim,
+        "v_head_dim": config.v_head_dim,
+        "kv_lora_rank": config.kv_lora_rank,
+        "q_lora_rank": config.q_lora_rank,
+        "qk_pos_emb_head_dim": config.qk_pos_emb_head_dim,
+        "experts": config.num_moe_experts,
+        "moe_ffn_hidden_size": config.moe_ffn_hidden_size,
+        "shared": config.moe_shared_expert_intermediate_size,
+        "topk": config.moe_router_topk,
+        "groups": (config.moe_router_num_groups, config.moe_router_group_topk),
+        "mtp": config.mtp_num_layers,
+        "init": config.init_method_std,
+    }
+    assert found == {
+        "num_layers": 61,
+        "hidden_size": 7168,
+        "num_attention_heads": 128,
+        "qk_head_dim": 128,
+        "v_head_dim": 128,
+        "kv_lora_rank": 512,
+        "q_lora_rank": 1536,
+        "qk_pos_emb_head_dim": 64,
+        "experts": 256,
+        "moe_ffn_hidden_size": 2048,
+        "shared": 2048,
+        "topk": 8,
+        "groups": (8, 4),
+        "mtp": 1,
+        "init": 0.02,
+    }
+
+
+def test_dense_families(world: World) -> None:
+    qwen, llama = build("qwen2.5-7b"), build("llama-3.1-8b")
+    assert (qwen.num_query_groups, qwen.kv_channels, qwen.add_qkv_bias, qwen.qk_layernorm) == (4, 128, True, False)
+    assert (llama.num_query_groups, llama.kv_channels, llama.add_qkv_bias) == (8, 128, False)
+    for config in (qwen, llama):
+        assert config.gated_linear_unit and config.activation_func is F.silu and not config.add_bias_linear
+        assert config.mtp_num_layers is None and config.num_moe_experts is None
+    qwen3 = build("tiny-dense", arch={"model_type": "qwen3", "head_dim": 20})
+    assert (qwen3.add_qkv_bias, qwen3.qk_layernorm, qwen3.kv_channels) == (False, True, 20)
+
+
+def test_without_groups_the_router_has_none(world: World) -> None:
+    config = build("moonlight-16b-a3b")
+    assert (config.moe_router_num_groups, config.moe_router_group_topk, config.moe_router_topk) == (None, None, 6)
+    assert (config.rope_type, config.rotary_scaling_factor, config.q_lora_rank) == ("rope", 1.0, None)
+
+
+def test_multi_token_prediction_can_be_left_out(world: World) -> None:
+    assert build(mtp=False).mtp_num_layers is None
+    assert build(mtp=True).mtp_num_layers == 1
+
+
+def test_layouts_and_precision(world: World) -> None:
+    plain = build()
+    assert (plain.sequence_parallel, plain.params_dtype, plain.bf16) == (False, torch.float32, False)
+    sharded = build(layout=ParallelConfig(tensor=2, expert=2), precision="bf16")
+    assert (sharded.sequence_parallel, sharded.params_dtype, sharded.pipeline_dtype) == (
+        True,
+        torch.bfloat16,
+        torch.bfloat16,
+    )
+    assert (sharded.tensor_model_parallel_size, sharded.expert_model_parallel_size) == (2, 2)
+    assert sharded.expert_tensor_parallel_size == 1
+    for config in (plain, sharded):
+        assert config.calculate_per_token_loss and config.variable_seq_lengths
+        assert config.moe_token_dispatcher_type == "alltoall" and not config.use_cpu_initialization
+
+
+def test_interleaved_stages_never_batch_their_messages(world: World) -> None:
+    """With two stages batched messages of the interleaved schedule swap, silently."""
+    layout = ParallelConfig(pipeline=2, virtual_pipeline=2)
+    config = build("tiny-dense", layout=layout)
+    assert (config.virtual_pipeline_model_parallel_size, config.batch_p2p_comm, config.overlap_p2p_comm) == (
+        2,
+        False,
+        True,
+    )
+    said = refusal(preset="tiny-dense", layout=layout, megatron={"batch_p2p_comm": True})
+    assert "batch_p2p_comm: this field follows from" in said
+
+
+def test_megatron_fields_pass_through(world: World) -> None:
+    config = build(megatron={"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1})
+    assert (config.recompute_granularity, config.recompute_num_layers) == ("full", 1)
+    assert build(megatron={"moe_router_bias_update_rate": 0.5}).moe_router_bias_update_rate == 0.5
+
+
+def test_unknown_fields_are_refused_with_a_hint(world: World) -> None:
+    said = refusal(megatron={"recompute_granularty": "full"})
+    assert "[model.megatron] recompute_granularty: Megatron's MLATransformerConfig has no such field" in said
+    assert "did you mean recompute_granularity" in said
+    assert "TransformerConfig has no such field" in refusal(preset="tiny-dense", megatron={"kv_lora_rank": 8})
+
+
+@pytest.mark.parametrize("key", ["sequence_parallel", "calculate_per_token_loss", "use_cpu_initialization", "bf16"])
+def test_reserved_fields_are_refused(world: World, key: str) -> None:
+    said = refusal(megatron={key: True})
+    assert f"[model.megatron] {key}: this field follows from [model], [parallel] and the loss; set it there" in said
+
+
+def test_every_reserved_field_exists(world: World) -> None:
+    import dataclasses
+
+    from megatron.core.transformer.transformer_config import MLATransformerConfig
+
+    from megatron_r1.model.megatron_fields import RESERVED
+
+    assert {field.name for field in dataclasses.fields(MLATransformerConfig)} >= RESERVED
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (
+            {"arch": {"num_experts_per_tok": 3}},
+            [
+                "num_experts_per_tok 3 with topk_group 1",
+                "by its best 3 experts, DeepSeek-V3 by its best 2",
+                "2 x topk_group",
+            ],
+        ),
+        (
+            {"megatron": {"moe_router_group_topk": 2, "moe_router_num_groups": 4}},
+            ["num_experts_per_tok 2 with topk_group 2", "by its best 1 experts"],
+        ),
+        (
+            {"megatron": {"moe_router_load_balancing_type": "seq_aux_loss"}},
+            ["moe_router_load_balancing_type = seq_aux_loss", "scales it wrongly", "use 'none' with the expert bias"],
+        ),
+        (
+            {"megatron": {"moe_router_load_balancing_type": ["aux_loss", "seq_aux_loss"]}},
+            ["moe_router_load_balancing_type = seq_aux_loss"],
+        ),
+        (
+            {"megatron": {"moe_token_dispatcher_type": "allgather"}},
+            ["moe_token_dispatcher_type = allgather needs micro-batches of equal length", "use alltoall"],
+        ),
+        (
+            {"arch": {"norm_topk_prob": False}},
+            ["norm_topk_prob = false: Megatron-Core always normalises sigmoid routing weights"],
+        ),
+        (
+            {"layout": ParallelConfig(tensor=3)},
+            ["Megatron-Core refuses this model and layout", "multiple of tensor_model_parallel_size"],
+        ),
+    ],
+)
+def test_silent_traps_are_refused(world: World, arguments: dict[str, Any], words: list[str]) -> None:
+    said = refusal(**arguments)
+    assert [word for word in words if word not in said] == [], said
+
+
+def test_fused_kernels_are_asked_for_on_gpus_only(world: World) -> None:
+    assert not build().moe_grouped_gemm and not build().bias_activation_fusion
