@@ -96,10 +96,17 @@ def _parser() -> argparse.ArgumentParser:
         "report",
         help="write report.html into a run directory",
         description="Write one self-contained HTML page about a run, finished or not. No server is needed to read it.",
-        epilog="example:\n  megatron-r1 report runs/quickstart",
+        epilog="examples:\n  megatron-r1 report runs/quickstart\n"
+        "  megatron-r1 report runs/quickstart --curve learning-curve.svg",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     report.add_argument("run", type=Path, metavar="RUN", help="a run directory, e.g. runs/quickstart")
+    report.add_argument(
+        "--curve",
+        type=Path,
+        metavar="FILE.svg",
+        help="also write the learning curve (accuracy, response length) as SVG",
+    )
     report.set_defaults(command=_report)
 
     config = verbs.add_parser(
@@ -233,10 +240,13 @@ def _start_ranks(config: RunConfig, world: int, run_dir: Path) -> int:
 
 
 def _report(arguments: argparse.Namespace) -> int:
-    from megatron_r1.observe.report import write_report
+    from megatron_r1.observe.report import write_learning_curve, write_report
     from megatron_r1.observe.rundir import RunDir
 
-    print(write_report(RunDir.open(arguments.run).path))
+    run = RunDir.open(arguments.run).path
+    print(write_report(run))
+    if arguments.curve is not None:
+        print(write_learning_curve(run, arguments.curve))
     return 0
 
 

@@ -30,7 +30,8 @@ from megatron_r1.model.reference import Reference
 from megatron_r1.parallel.world import World
 
 _REFERENCE = "reference."
-_DISK_SIGNS = ("[Errno ", "PytorchStreamWriter failed", "inline_container.cc")  # of an OSError that Megatron's writers or torch have wrapped
+# Of an OSError that Megatron's writers or torch have wrapped; torch says either, by where in a file the disk ends.
+_DISK_SIGNS = ("[Errno ", "PytorchStreamWriter failed", "inline_container.cc")
 
 
 class TrainingState(Protocol):
@@ -136,7 +137,13 @@ def _optimizer_state(trainer: TrainingState, models: dict[str, Any], metadata: d
     parts = getattr(trainer.optimizer, "chained_optimizers", [trainer.optimizer])
     buffers = [buffer for part in parts for buffer in getattr(part, "buffers", [])]
     with _positions_without_padding(buffers):
-        return trainer.optimizer.sharded_state_dict(models, is_loading=loading, metadata=metadata)
+        state = trainer.optimizer.sharded_state_dict(models, is_loading=loading, metadata=metadata)
+    for part in state.values():
+        # A pipeline stage without experts would store an empty table where the others shard theirs, and Megatron
+        # warns at every save of what ranks do not have in common.
+        if isinstance(part, dict) and part.get("param_state") == {}:
+            del part["param_state"]
+    return state
 
 
 @contextmanager

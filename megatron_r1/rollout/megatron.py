@@ -12,6 +12,7 @@ MLA caches the up-projected keys and values, not the latent: Megatron's latent c
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -31,6 +32,8 @@ from megatron_r1.parallel.world import World
 from megatron_r1.rollout.engine import Progress
 from megatron_r1.rollout.sampling import UniformStreams, sample_tokens
 from megatron_r1.types import Completion, Prompt
+
+logger = logging.getLogger(__name__)
 
 _COMPACT_BELOW = 0.8  # drop finished rows once fewer than this share of the batch is alive
 
@@ -61,6 +64,8 @@ class MegatronEngine:
         self.models = [unwrap(chunk) for chunk in chunks]
         self.world, self.tokenizer, self.vocab_size, self.max_length = world, tokenizer, vocab_size, max_length
         self._version = 0
+        if world.rank == 0 and self.models[0].config.multi_latent_attention:
+            logger.info("rollout: MLA decodes from cached keys and values (the latent cache needs a GPU kernel)")
 
     @property
     def weight_version(self) -> int:

@@ -31,7 +31,7 @@ from megatron_r1.types import Sample
 
 
 def grpo(stage: GrpoStage, context: RunContext, start: Path | None) -> dict[str, float]:
-    """Run or resume the stage; returns its closing metrics. Collective.
+    """Run or resume the stage; returns the main metrics of its last step. Collective.
 
     start: checkpoint whose weights it begins with, and its first KL reference; None: fresh weights.
     """
@@ -90,7 +90,9 @@ def grpo(stage: GrpoStage, context: RunContext, start: Path | None) -> dict[str,
             if phase.is_spent:
                 phase = None
             loop.end_of_step(partial(_loop_state, cursor, phase))
-        return loop.closing
+        return loop.closing(
+            "reward/mean", "reward/accuracy", "reward/format", "rollout/length", "policy/kl", "policy/entropy"
+        )
 
 
 def _loop_state(cursor: PromptCursor, phase: Phase | None) -> dict[str, Any]:

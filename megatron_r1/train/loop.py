@@ -40,7 +40,7 @@ class StageLoop:
     ) -> None:
         self.stage, self.context, self.trainer, self.reference = stage, context, trainer, reference
         self.folder = context.run.stage(stage.name)
-        self.closing: dict[str, float] = {}  # metrics of the last logged step
+        self._last: dict[str, float] = {}  # metrics of the last step
         self._metrics: MetricsWriter | None = None
         self._progress: Progress | None = None
         self._saved_step = -1
@@ -79,6 +79,10 @@ class StageLoop:
             self._progress = Progress(self.stage.name, self.stage.steps, self.trainer.step)
         return state
 
+    def closing(self, *names: str) -> dict[str, float]:
+        """These metrics of the last step, where it had them: the stage's result."""
+        return {name: self._last[name] for name in names if name in self._last}
+
     def rollout_progress(self, done: int, total: int) -> None:
         """Show how far the sampling of the phase is."""
         if self._progress is not None:
@@ -86,7 +90,7 @@ class StageLoop:
 
     def log(self, metrics: Mapping[str, float]) -> None:
         """Record the metrics of the optimizer step just taken."""
-        self.closing = dict(metrics)
+        self._last = dict(metrics)
         step = self.trainer.step
         if self._progress is not None:
             self._progress.update(step, metrics)

@@ -19,7 +19,7 @@ from megatron_r1.train.trainer import Trainer
 
 
 def pretrain(stage: PretrainStage, context: RunContext, start: Path | None) -> dict[str, float]:
-    """Run or resume the stage; returns its closing metrics. Collective.
+    """Run or resume the stage; returns the loss of its last step. Collective.
 
     start: checkpoint whose weights it begins with; None: fresh ones.
     """
@@ -63,4 +63,4 @@ def pretrain(stage: PretrainStage, context: RunContext, start: Path | None) -> d
                 }
             )
             loop.end_of_step(lambda: {"batches": batches.state()})
-        return loop.closing
+        return loop.closing("loss/lm")

@@ -93,7 +93,8 @@ world.stop()
 
 @pytest.fixture(scope="module")
 def probe() -> str:
-    environment = {k: v for k, v in os.environ.items() if k != "TORCHDYNAMO_DISABLE"} | {"CUDA_VISIBLE_DEVICES": ""}
+    own = ("TORCHDYNAMO_DISABLE", "MASTER_ADDR", "MASTER_PORT")  # of this process's own world
+    environment = {k: v for k, v in os.environ.items() if k not in own} | {"CUDA_VISIBLE_DEVICES": ""}
     shown = subprocess.run(
         [sys.executable, "-W", "ignore", "-c", PROBE],
         cwd=ROOT,

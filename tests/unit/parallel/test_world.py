@@ -19,6 +19,7 @@ def test_one_process_has_every_role(world: World) -> None:
     assert world.all_gather_replicas({"a": [1]}) == [{"a": [1]}]
     assert world.broadcast_in_replica("x") == "x"
     assert world.any(True) is True and world.any(False) is False
+    assert world.largest(2.5) == 2.5
 
 
 @pytest.mark.parametrize(
