@@ -157,6 +157,8 @@ def _run(arguments: argparse.Namespace) -> int:
     from megatron_r1.cluster.ranks import rank_variables
     from megatron_r1.config.load import load
     from megatron_r1.config.validate import check_world
+    from megatron_r1.observe.rundir import RunDir
+    from megatron_r1.pipeline.continuing import check_continues
     from megatron_r1.pipeline.run import preflight
 
     variables = rank_variables(os.environ)
@@ -165,8 +167,9 @@ def _run(arguments: argparse.Namespace) -> int:
         raise UserError("--nproc starts processes, but this process is already a rank (RANK is set); leave it out")
     world = int(variables["WORLD_SIZE"]) if variables else arguments.nproc or config.parallel.world_size
     check_world(config.parallel, world)
-    preflight(config)
+    preflight(config, world)
     run_dir = (arguments.run_dir or Path("runs") / config.name).resolve()
+    check_continues(config, RunDir(run_dir))
     if arguments.dry_run:
         print(_plan(config, world, run_dir))
         return 0

@@ -7,8 +7,10 @@ to wait in a collective, and the message says which rank died, of what, and what
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import os
+import random
 import signal
 import socket
 import subprocess
@@ -20,6 +22,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
 from typing import IO, TextIO
+
+from megatron_r1.cluster.ranks import FIRST_PORT, PORTS
 
 USER_ERROR = 2  # exit status of a rank that has already told the user what to mend
 TAIL_LINES = 20
@@ -46,10 +50,18 @@ class _Rank:
 
 
 def free_port() -> int:
-    """A TCP port of 127.0.0.1 that was free a moment ago."""
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return int(listener.getsockname()[1])
+    """A TCP port of 127.0.0.1 that was free a moment ago.
+
+    Rank 0 listens on it only seconds later, when it has imported torch. So it is none of the ports that the kernel
+    hands to outgoing connections, of which other runs on this machine make many.
+    """
+    draw = random.SystemRandom()
+    for _ in range(100):
+        port = draw.randrange(FIRST_PORT, FIRST_PORT + PORTS)
+        with socket.socket() as listener, contextlib.suppress(OSError):
+            listener.bind(("127.0.0.1", port))
+            return port
+    raise OSError(f"no free TCP port found from {FIRST_PORT} to {FIRST_PORT + PORTS - 1}")
 
 
 def launch(

@@ -19,8 +19,8 @@ from megatron_r1.model.megatron_fields import check_pass_through
 from megatron_r1.model.presets import Architecture, architecture
 
 
-def preflight(config: RunConfig) -> tuple[Architecture, Tokenizer]:
-    """Open every input and check the layout; returns the architecture and the tokenizer.
+def preflight(config: RunConfig, processes: int) -> tuple[Architecture, Tokenizer]:
+    """Open every input and check the layout of `processes` ranks; returns the architecture and the tokenizer.
 
     Raises UserError for the first thing that would fail later.
     """
@@ -38,7 +38,7 @@ def preflight(config: RunConfig) -> tuple[Architecture, Tokenizer]:
             _check_lengths(stage, arch)
             _check_first_prompt(stage, tokenizer, arch)
             if isinstance(stage, GrpoStage):
-                _check_grpo(stage, config)
+                _check_grpo(stage, config, processes)
     return arch, tokenizer
 
 
@@ -105,13 +105,13 @@ def _check_first_prompt(stage: GrpoStage | EvalStage, tokenizer: Tokenizer, arch
             )
 
 
-def _check_grpo(stage: GrpoStage, config: RunConfig) -> None:
+def _check_grpo(stage: GrpoStage, config: RunConfig, processes: int) -> None:
     if config.parallel.context > 1:
         raise UserError(
             f"stage {stage.name!r} samples in process, which cannot decode under context parallelism: "
             "set parallel.context = 1"
         )
-    data = config.parallel.world_size // config.parallel.model_size
+    data = processes // config.parallel.model_size
     if stage.grpo.prompts % data:
         raise UserError(
             f"stage.{stage.name}.grpo.prompts = {stage.grpo.prompts} does not divide over {data} data-parallel "

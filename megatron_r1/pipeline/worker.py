@@ -78,7 +78,7 @@ def _run_stages(config: RunConfig, run: RunDir, world: Any) -> None:
     from megatron_r1.train.evaluate import heldout_prompts
     from megatron_r1.train.stopping import Stopped, StopRequest, forget_stop_file
 
-    arch, tokenizer = preflight(config)
+    arch, tokenizer = preflight(config, world.size)
     evals = [stage for stage in config.stage if isinstance(stage, EvalStage)]
     heldout = heldout_ids(prompt for stage in evals for prompt in heldout_prompts(stage, tokenizer))
     states = _states(config, run)

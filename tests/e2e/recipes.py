@@ -1,8 +1,8 @@
 """A recipe whose whole run takes seconds, and how the end-to-end tests run, watch, kill and compare runs of it.
 
-The recipe is made so that what it tests cannot be right by accident: rewards differ within a group, checkpoints of
-the `r1-zero` stage fall between the two minibatches of a rollout phase (phases begin at steps 0, 2, 4; checkpoints
-are of steps 3 and 6), and the KL reference they hold (of step 2) is neither the start nor the current policy.
+The recipe is made so that what it tests cannot be right by accident: rewards differ within a group; checkpoints of
+the `r1-zero` stage (steps 3 and 6) fall between the two minibatches of a rollout phase (phases begin at steps 0, 2
+and 4); the KL reference in the first of them is needed by the phase after it and is not the policy of that step.
 """
 
 from __future__ import annotations
@@ -42,6 +42,11 @@ qk_nope_head_dim = 8
 qk_rope_head_dim = 4
 v_head_dim = 8
 n_routed_experts = 4
+num_experts_per_tok = 2
+n_group = 2
+topk_group = 1
+num_nextn_predict_layers = 1
+initializer_range = 0.05
 max_position_embeddings = 128
 
 [tokenizer]
@@ -81,7 +86,7 @@ steps = 6
 optimizer = { lr = 3e-3, warmup_steps = 1 }
 checkpoint = { every = 3, keep = 3 }
 prompts = { source = "generator", task = "chain_sum", options = { terms = 2 }, template = "plain" }
-sampling = { max_new_tokens = 10 }
+sampling = { temperature = 1.3, max_new_tokens = 10 }
 reward = [{ kind = "accuracy" }, { kind = "format", weight = 0.5 }]
 
 [stage.grpo]
@@ -92,7 +97,7 @@ minibatches = 2
 [stage.grpo.loss]
 clip_low = 0.2
 kl_coefficient = 0.1
-reference_every = 2
+reference_every = 5
 
 [[stage]]
 name = "eval-r1-zero"

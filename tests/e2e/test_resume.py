@@ -92,15 +92,15 @@ def check_killed_run(run: Path, printed: str, uninterrupted: Path) -> None:
 
 
 def test_the_recipe_tests_something(reference: Finished) -> None:
-    """A gradient, a moving policy and a moving reference; a checkpoint in the middle of a phase."""
+    """A gradient, a policy that leaves its reference behind, a checkpoint in the middle of a phase."""
     rows = metrics(reference.folder)["r1-zero"]
-    assert all(row["optim/grad_norm"] > 0 for row in rows)
+    assert sum(row["optim/grad_norm"] > 0.01 for row in rows) >= GRPO_STEPS - 1
     assert any(row["policy/ratio"] != 1 for row in rows)
-    assert any(row["policy/kl"] > 0 for row in rows)
-    assert any(row["groups/no_signal"] < 1 for row in rows)
+    assert all(row["policy/kl"] > 0 for row in rows[2:])
+    assert sum(row["groups/no_signal"] < 1 for row in rows) >= GRPO_STEPS - 2
     folder = reference.folder / "r1-zero" / "checkpoints" / f"step-{GRPO_EVERY:08d}"
     state = loop_state(folder)
-    assert (state["phase"]["taken"], len(state["phase"]["order"]), state["reference_step"]) == (1, 2, 2)
+    assert (state["phase"]["taken"], len(state["phase"]["order"]), state["reference_step"]) == (1, 2, 0)
 
 
 def test_a_killed_run_goes_on_to_the_same_bits(reference: Finished, tmp_path: Path) -> None:

@@ -28,7 +28,7 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str, Any]]:
     """Stand-ins for the pipeline and the launcher that note what they were given."""
     seen: dict[str, Any] = {}
 
-    def preflight(config: RunConfig) -> None:
+    def preflight(config: RunConfig, processes: int) -> None:
         seen["preflight"] = config
         if config.seed == 13:
             raise UserError("seed 13 is unlucky; take 14")
