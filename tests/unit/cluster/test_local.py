@@ -69,7 +69,8 @@ def test_every_rank_knows_its_place(tmp_path: Path) -> None:
     found = sorted(path.name.split(".", 1)[1] for path in tmp_path.glob("?.*"))
     port = found[0].split()[5]
     assert found == [f"{r} {r} 3 3 127.0.0.1 {port} x" for r in range(3)]
-    assert 1024 < int(port) < 65536
+    lowest_outgoing = int(Path("/proc/sys/net/ipv4/ip_local_port_range").read_text().split()[0])
+    assert 1024 < int(port) < lowest_outgoing  # no outgoing connection takes it before rank 0 listens
     assert signal.getsignal(signal.SIGTERM) == before
 
 
@@ -124,6 +125,19 @@ def test_a_users_mistake_is_passed_on_without_a_report(tmp_path: Path) -> None:
     command = script(tmp_path, "print('cure', R, file=sys.stderr); sys.exit(2)")
     assert launch(command, 2, tmp_path / "logs", errors=errors) == 2
     assert errors.getvalue() == ""
+
+
+def test_a_users_mistake_counts_more_than_a_rank_that_lost_its_peer(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    body = """
+    if R == 0:
+        time.sleep(0.3)
+        print("megatron-r1: error: mend it", file=sys.stderr)
+    sys.exit(2 if R == 0 else 1)
+    """
+    assert launch(script(tmp_path, body), 2, tmp_path / "logs") == 2
+    assert capfd.readouterr().err == "megatron-r1: error: mend it\n"
 
 
 def test_a_users_mistake_that_only_a_hidden_rank_saw_is_shown(tmp_path: Path) -> None:

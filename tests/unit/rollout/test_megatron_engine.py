@@ -169,12 +169,12 @@ def test_stop_strings(engine: Any) -> None:
             assert (after.token_ids, after.finish_reason) == (before.token_ids[:end], "stop")
 
 
-def test_a_stop_string_of_several_bytes_a_character(world: World) -> None:
+def test_a_stop_string_of_several_bytes_a_character(model: torch.nn.Module, world: World) -> None:
     """Byte tokens: a character of the stop string may take up to four of them."""
     from megatron_r1.rollout.megatron import MegatronEngine, _Row
 
     byte = build_tokenizer(TokenizerConfig(kind="byte"))
-    engine = MegatronEngine([], world, byte, byte.vocab_size, 64)
+    engine = MegatronEngine([model], world, byte, byte.vocab_size, 64)
     row = _Row(prompt("?"), 0, 0, token_ids=byte.encode("so 答案 "))
     assert engine._hit_stop(row, ["答案 "]) and not engine._hit_stop(row, ["答案。"])
 
