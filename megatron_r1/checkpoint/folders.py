@@ -56,7 +56,7 @@ def commit(written: Path, keep: int) -> Path:
     _fsync(written)
     final = written.with_suffix("")
     if final.exists():
-        shutil.rmtree(final)  # a re-run of the same step with --force
+        shutil.rmtree(final)  # the same step saved again replaces the older one
     os.rename(written, final)
     _fsync(final.parent)
     for step in steps(final.parent)[:-keep]:

@@ -89,7 +89,9 @@ def load(path: Path, trainer: TrainingState, reference: Reference | None) -> dic
         state.pop("rng")  # generators belong to ranks; another layout goes on with its own
     loaded = _load(state, path)
     _load_models(trainer, loaded)
+    settings = _group_settings(trainer.optimizer)
     trainer.optimizer.load_state_dict(loaded["optimizer"])
+    _restore_group_settings(trainer.optimizer, settings)
     _separate_step_counts(trainer)
     trainer.schedule.load_state_dict(loaded["schedule"])
     trainer.step = loaded["loop"]["step"]
@@ -100,6 +102,20 @@ def load(path: Path, trainer: TrainingState, reference: Reference | None) -> dic
         torch.set_rng_state(loaded["rng"]["default"])
         tensor_parallel.get_cuda_rng_tracker().set_states(loaded["rng"]["tracker"])
     return dict(loaded["loop"])
+
+
+_SETTINGS = ("max_lr", "min_lr", "lr_mult", "wd_mult", "betas", "eps", "weight_decay")
+
+
+def _group_settings(optimizer: Any) -> list[dict[str, Any]]:
+    """What the recipe says of every parameter group."""
+    return [{key: group[key] for key in _SETTINGS if key in group} for group in optimizer.param_groups]
+
+
+def _restore_group_settings(optimizer: Any, settings: list[dict[str, Any]]) -> None:
+    """Loading brings back the settings of the run that saved; those of the recipe rule."""
+    for group, own in zip(optimizer.param_groups, settings, strict=True):
+        group.update(own)
 
 
 def load_weights(path: Path, trainer: TrainingState) -> None:

@@ -21,8 +21,6 @@ PAPER_GRPO: dict[str, tuple[Any, str]] = {
     "optimizer.lr": (3e-6, "R1-Zero's learning rate; the optimum grows as models shrink"),
     "optimizer.schedule": ("constant", "no schedule is stated"),
     "sampling.temperature": (1.0, "samples come from the policy itself"),
-    "sampling.top_p": (1.0, "samples come from the policy itself"),
-    "sampling.top_k": (0, "samples come from the policy itself"),
     "sampling.max_new_tokens": (32768, "R1-Zero's limit up to step 8,200, then 65,536"),
     "grpo.prompts": (512, "questions of one rollout phase: 8,192 outputs"),
     "grpo.group_size": (16, "outputs per question"),

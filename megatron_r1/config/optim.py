@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Literal
 
-from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
+from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
 
 from megatron_r1.config.base import Table
 
@@ -27,6 +27,14 @@ class OptimizerConfig(Table):
     eps: PositiveFloat = 1e-8
     clip_grad: NonNegativeFloat = 1.0
     """Largest global L2 norm of the gradient; 0: no clipping."""
+
+    @model_validator(mode="after")
+    def _floor(self) -> OptimizerConfig:
+        if self.min_lr > self.lr:
+            raise ValueError(
+                f"min_lr ({self.min_lr:g}) is the floor of the schedule and must not exceed lr ({self.lr:g})"
+            )
+        return self
 
 
 class CheckpointConfig(Table):

@@ -58,6 +58,16 @@ class GrpoStage(TrainStage):
     sampling: SamplingConfig = SamplingConfig()
     grpo: GrpoConfig = GrpoConfig()
 
+    @model_validator(mode="after")
+    def _whole_distribution(self) -> GrpoStage:
+        if self.sampling.top_p < 1 or self.sampling.top_k > 0:
+            raise ValueError(
+                f"sampling.top_p = {self.sampling.top_p:g}, top_k = {self.sampling.top_k}: the loss takes "
+                "probabilities of the whole distribution, so truncated sampling would be off-policy without a word; "
+                "use top_p = 1 and top_k = 0 in a grpo stage (eval stages may truncate)"
+            )
+        return self
+
 
 class EvalStage(StageBase):
     """pass@1, cons@k and pass@k on held-out problems."""

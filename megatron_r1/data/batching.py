@@ -62,7 +62,12 @@ class MicroBatch:
 
 
 def make_micro_batches(
-    samples: Sequence[Sample], max_tokens: int, pad_id: int, multiple_of: int = 1, shards: int = 1
+    samples: Sequence[Sample],
+    max_tokens: int,
+    pad_id: int,
+    multiple_of: int = 1,
+    shards: int = 1,
+    count_multiple_of: int = 1,
 ) -> list[list[MicroBatch]]:
     """Cut samples into micro-batches and deal them to data-parallel ranks.
 
@@ -75,6 +80,7 @@ def make_micro_batches(
         pad_id: written behind each row.
         multiple_of: T is rounded up to this (what tensor and context parallelism can split).
         shards: data-parallel ranks.
+        count_multiple_of: fillers make the number of micro-batches a multiple of this.
 
     Returns:
         [shards] lists of micro-batches; all empty where there are no samples.
@@ -88,7 +94,7 @@ def make_micro_batches(
     present = _present_fields(samples)
     lengths = [len(sample.token_ids) for sample in samples]
     plan = _deal(_cut_evenly(lengths, max_tokens, multiple_of, shards), lengths, multiple_of, shards)
-    count = max(map(len, plan))
+    count = _round_up(max(map(len, plan)), count_multiple_of)
     return [
         [_collate(rows, samples, present, pad_id, multiple_of) for rows in shard]
         + [_filler(present, pad_id, multiple_of) for _ in range(count - len(shard))]

@@ -46,6 +46,38 @@ RESERVED = frozenset(
         "timers",
     )
 )
+# Fields that follow from the architecture (a preset or config.json, with `model.override`).
+ARCHITECTURE = frozenset(
+    (
+        "num_attention_heads",
+        "num_query_groups",
+        "kv_channels",
+        "ffn_hidden_size",
+        "normalization",
+        "layernorm_epsilon",
+        "gated_linear_unit",
+        "add_bias_linear",
+        "add_qkv_bias",
+        "qk_layernorm",
+        "multi_latent_attention",
+        "q_lora_rank",
+        "kv_lora_rank",
+        "qk_head_dim",
+        "qk_pos_emb_head_dim",
+        "v_head_dim",
+        "rotary_base",
+        "rope_type",
+        "num_moe_experts",
+        "moe_layer_freq",
+        "moe_ffn_hidden_size",
+        "moe_shared_expert_intermediate_size",
+        "moe_router_topk",
+        "moe_router_num_groups",
+        "moe_router_group_topk",
+        "moe_router_score_function",
+        "mtp_num_layers",
+    )
+)
 _SOURCES = ("model_parallel_config.py", "transformer/transformer_config.py")
 _DENSE = ("ModelParallelConfig", "TransformerConfig")
 _SCALARS: dict[str, tuple[type, ...]] = {"bool": (bool,), "int": (int,), "float": (float, int), "str": (str,)}
@@ -69,6 +101,11 @@ def check_pass_through(fields: Mapping[str, Any], *, latent_attention: bool) -> 
         if key in RESERVED:
             raise UserError(
                 f"[model.megatron] {key}: this field follows from [model], [parallel] and the loss; set it there"
+            )
+        if key in ARCHITECTURE:
+            raise UserError(
+                f"[model.megatron] {key}: this field follows from the architecture; change it with model.override, "
+                "under its name in config.json (model.mtp for the multi-token-prediction layers)"
             )
         if known and key not in known:
             close = difflib.get_close_matches(key, known, n=3)

@@ -47,7 +47,7 @@ METRICS: dict[str, Metric] = {
     "rollout/tokens": Metric("tokens", "tokens sampled in the phase"),
     "rollout/tokens_per_second": Metric("tokens/s", "tokens sampled a second, all ranks together"),
     # the policy update
-    "policy/kl": Metric("nats", "KL(policy || reference) a token, by the estimator of the loss"),
+    "policy/kl": Metric("nats", "KL(policy || reference) a token, by the k3 estimator"),
     "policy/entropy": Metric("nats", "mean entropy of the policy's next-token distribution"),
     "policy/ratio": Metric("ratio", "mean probability ratio policy / old policy"),
     "policy/clip_low": Metric("share", "tokens whose ratio is clipped from below"),
@@ -61,6 +61,7 @@ METRICS: dict[str, Metric] = {
     # optimizer
     "optim/grad_norm": Metric("1", "global L2 norm of the gradient before clipping"),
     "optim/lr": Metric("1", "learning rate"),
+    "data/held_out_skips": Metric("count", "prompts or documents skipped so far because they are held out"),
     # speed
     "train/tokens": Metric("tokens", "tokens of the global batch, padding not counted"),
     "train/tokens_per_second": Metric("tokens/s", "tokens trained on a second, all ranks together"),

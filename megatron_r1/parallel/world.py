@@ -41,7 +41,7 @@ class World:
     pipeline_group: Any
     data_group: Any  # replicas of the same shard
     data_context_group: Any  # replicas and context ranks: gradients are summed over it
-    expert_group: Any
+    expert_group: Any  # ranks among which tokens travel to experts (EP x ETP), replicas included
     model_group: Any  # every rank of one replica (TP x PP)
 
     @property
@@ -138,7 +138,7 @@ def start(layout: ParallelConfig, seed: int, timeout_minutes: int = 30) -> World
         pipeline_group=parallel_state.get_pipeline_model_parallel_group(),
         data_group=parallel_state.get_data_parallel_group(),
         data_context_group=parallel_state.get_data_parallel_group(with_context_parallel=True),
-        expert_group=parallel_state.get_expert_model_parallel_group(),
+        expert_group=parallel_state.get_expert_tensor_and_model_parallel_group(),
         model_group=parallel_state.get_model_parallel_group(),
     )
 

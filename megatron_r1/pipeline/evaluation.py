@@ -12,7 +12,8 @@ from megatron_r1.observe.progress import Progress
 from megatron_r1.observe.rollouts import RolloutWriter
 from megatron_r1.rollout.megatron import MegatronEngine
 from megatron_r1.train.context import RunContext
-from megatron_r1.train.evaluate import evaluate
+from megatron_r1.train.evaluate import evaluate, heldout_prompts
+from megatron_r1.train.exclusions import check_never_trained_on
 from megatron_r1.train.trainer import Trainer
 
 
@@ -20,6 +21,7 @@ def run_evaluation(stage: EvalStage, context: RunContext, start: Path | None) ->
     """Load the checkpoint, sample, judge, write metrics and completions; returns the metrics and style counts."""
     from megatron_r1.checkpoint import io as checkpoint_io
 
+    check_never_trained_on(heldout_prompts(stage, context.tokenizer), start)
     # The optimizer is never stepped; building it keeps one way of loading weights.
     trainer = Trainer(context.arch, context.config.model, context.world, OptimizerConfig(lr=1e-6), 1, train_mtp=False)
     if start is not None:
@@ -44,6 +46,7 @@ def run_evaluation(stage: EvalStage, context: RunContext, start: Path | None) ->
     if context.world.rank == 0:
         folder = context.run.stage(stage.name).path
         with MetricsWriter(folder, context.attempt) as writer:
+            writer.truncate_after(-1)  # an attempt that was killed here may have written already
             writer.write(0, metrics)
         RolloutWriter(folder).write(0, groups)
     return {**metrics, "styles": styles}

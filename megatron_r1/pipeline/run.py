@@ -28,6 +28,11 @@ def preflight(config: RunConfig, processes: int) -> tuple[Architecture, Tokenize
     arch = architecture(config.model, tokenizer.vocab_size)
     check_pass_through(config.model.megatron, latent_attention=arch["model_type"] == "deepseek_v3")
     check_layout(arch, config.parallel, None, megatron=config.model.megatron)
+    if config.parallel.context > 1:
+        raise UserError(
+            f"parallel.context = {config.parallel.context}: no stage runs under context parallelism yet (batches are "
+            "not cut along the sequence, and the in-process engine cannot decode under it); set parallel.context = 1"
+        )
     for stage in config.stage:
         if stage.init_from is not None:
             _check_start(stage.init_from, stage.name, config)
@@ -106,11 +111,6 @@ def _check_first_prompt(stage: GrpoStage | EvalStage, tokenizer: Tokenizer, arch
 
 
 def _check_grpo(stage: GrpoStage, config: RunConfig, processes: int) -> None:
-    if config.parallel.context > 1:
-        raise UserError(
-            f"stage {stage.name!r} samples in process, which cannot decode under context parallelism: "
-            "set parallel.context = 1"
-        )
     data = processes // config.parallel.model_size
     if stage.grpo.prompts % data:
         raise UserError(

@@ -222,7 +222,7 @@ class MegatronEngine:
 
     def _anyone(self, running: bool) -> bool:
         """Whether this replica goes on: while any that shares experts with it does."""
-        if self.world.layout.expert == 1:
+        if self.world.layout.expert * self.world.layout.etp == 1:
             return running
         flag = torch.tensor(int(running), device=self.world.device)
         dist.all_reduce(flag, op=dist.ReduceOp.MAX, group=self.world.expert_group)

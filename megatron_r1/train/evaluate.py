@@ -11,6 +11,7 @@ from itertools import islice
 
 from megatron_r1.algorithms.pass_at_k import cons_at_k, pass_at_1, pass_at_k
 from megatron_r1.config.data import RewardConfig
+from megatron_r1.config.errors import UserError
 from megatron_r1.config.run import EvalStage
 from megatron_r1.data.corpus import classify_style
 from megatron_r1.data.cursor import epoch_order
@@ -28,8 +29,15 @@ def heldout_prompts(stage: EvalStage, tokenizer: Tokenizer) -> list[Prompt]:
     source = open_prompts(stage.prompts, tokenizer)
     seed = stage.prompts.seed if stage.prompts.shuffle else None
     if isinstance(source, PromptSource):
-        return [source[i] for i in epoch_order(len(source), seed, epoch=0)[: stage.problems]]
-    return list(islice(source.stream(0, seed, 0), stage.problems))
+        prompts = [source[i] for i in epoch_order(len(source), seed, epoch=0)[: stage.problems]]
+    else:
+        prompts = list(islice(source.stream(0, seed, 0), stage.problems))
+    if len(prompts) < stage.problems:
+        raise UserError(
+            f"stage.{stage.name}.problems = {stage.problems}, but its source holds {len(prompts)}: "
+            f"set problems = {len(prompts)} or name a larger source"
+        )
+    return prompts
 
 
 def evaluate(

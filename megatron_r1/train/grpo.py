@@ -13,7 +13,6 @@ from typing import Any
 
 from megatron_r1.algorithms.weights import count
 from megatron_r1.config.run import GrpoStage
-from megatron_r1.data.batching import make_micro_batches
 from megatron_r1.data.cursor import PromptCursor
 from megatron_r1.data.prompts import open_prompts
 from megatron_r1.model.reference import Reference
@@ -22,8 +21,9 @@ from megatron_r1.rewards.mixer import Scorer
 from megatron_r1.rewards.workers import VerifierPool
 from megatron_r1.rollout.megatron import MegatronEngine
 from megatron_r1.train.context import RunContext
-from megatron_r1.train.log_probs import compute_log_probs, length_multiple
+from megatron_r1.train.log_probs import compute_log_probs
 from megatron_r1.train.loop import StageLoop
+from megatron_r1.train.micro_batches import own_micro_batches
 from megatron_r1.train.objectives import PolicyObjective
 from megatron_r1.train.phase import Phase, advantages_of, group_samples, minibatch_order, phase_seed, sample_groups
 from megatron_r1.train.trainer import StepResult, Trainer
@@ -81,7 +81,14 @@ def grpo(stage: GrpoStage, context: RunContext, start: Path | None) -> dict[str,
             minibatch = phase.minibatch()
             result, seconds = _optimize(minibatch, stage, context, trainer)
             loop.check_finite(result, minibatch)
-            loop.log({**phase.metrics, **_policy_metrics(result, seconds), "time/step": time.monotonic() - began})
+            sampled = phase.metrics if phase.taken == 0 else {}  # once a phase, with its first optimizer step
+            loop.log(
+                {
+                    **sampled,
+                    **_policy_metrics(result, seconds, reference is not None),
+                    "time/step": time.monotonic() - began,
+                }
+            )
             phase.taken += 1
             # 5. the reference follows every so many steps
             every = config.loss.reference_every
@@ -134,13 +141,7 @@ def _optimize(
 ) -> tuple[StepResult, float]:
     began = time.monotonic()
     world = context.world
-    shards = make_micro_batches(
-        minibatch,
-        max_tokens=stage.micro_batch_tokens,
-        pad_id=context.tokenizer.pad_id,
-        multiple_of=length_multiple(world),
-        shards=world.data_size,
-    )
+    mine = own_micro_batches(minibatch, world, max_tokens=stage.micro_batch_tokens, pad_id=context.tokenizer.pad_id)
     objective = PolicyObjective(
         config=stage.grpo.loss,
         denominators=count(minibatch),  # once, globally, before the first forward
@@ -149,16 +150,17 @@ def _optimize(
         vocab_size=context.arch["vocab_size"],
         world=world,
     )
-    result = trainer.train_step([batch.to(world.device) for batch in shards[world.data_rank]], objective)
+    result = trainer.train_step(mine, objective)
     return result, time.monotonic() - began
 
 
-def _policy_metrics(result: StepResult, seconds: float) -> dict[str, float]:
+def _policy_metrics(result: StepResult, seconds: float, has_reference: bool) -> dict[str, float]:
     sums = result.sums
     tokens = max(1.0, sums["tokens"])
+    kl = {"policy/kl": sums["kl_k3"] / tokens} if has_reference else {}
     return {
+        **kl,
         "loss/total": sums["loss"],
-        "policy/kl": sums["kl_k3"] / tokens,
         "policy/entropy": sums["entropy"] / tokens,
         "policy/ratio": sums["ratio"] / tokens,
         "policy/clip_low": sums["clip_low"] / tokens,

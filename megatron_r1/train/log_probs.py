@@ -11,9 +11,10 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from megatron_r1.data.batching import MicroBatch, make_micro_batches, unpad
+from megatron_r1.data.batching import MicroBatch, unpad
 from megatron_r1.parallel.vocab import log_probs_and_entropy
 from megatron_r1.parallel.world import World
+from megatron_r1.train.micro_batches import own_micro_batches
 from megatron_r1.train.trainer import Trainer
 from megatron_r1.types import Sample
 
@@ -51,10 +52,7 @@ def compute_log_probs(
     Every rank passes the same samples and gets the same result, in their order. Collective.
     """
     world = trainer.world
-    shards = make_micro_batches(
-        samples, max_tokens=max_tokens, pad_id=pad_id, multiple_of=length_multiple(world), shards=world.data_size
-    )
-    mine = [batch.to(world.device) for batch in shards[world.data_rank]]
+    mine = own_micro_batches(samples, world, max_tokens=max_tokens, pad_id=pad_id)
     for chunk in trainer.chunks:
         chunk.eval()
     objective = _LogProbs(temperature, int(trainer.arch["vocab_size"]), world)
@@ -66,11 +64,6 @@ def compute_log_probs(
     for part in world.all_gather_replicas(_from_last_stage(found, world)):
         everywhere.update(part)
     return [everywhere[i] for i in range(len(samples))]
-
-
-def length_multiple(world: World) -> int:
-    """What padded lengths must divide by: sequence parallelism shards T, context parallelism cuts it in 2 x CP."""
-    return world.layout.tensor * (2 * world.layout.context if world.layout.context > 1 else 1)
 
 
 def _from_last_stage(value: dict[int, list[float]], world: World) -> dict[int, list[float]]:

@@ -19,6 +19,7 @@ from megatron_r1.observe.metrics import MetricsWriter
 from megatron_r1.observe.progress import Progress
 from megatron_r1.observe.rundir import write_json
 from megatron_r1.train.context import RunContext
+from megatron_r1.train.exclusions import record_exclusions
 from megatron_r1.train.stopping import Stopped
 from megatron_r1.train.trainer import StepResult, Trainer
 from megatron_r1.types import Sample
@@ -40,7 +41,7 @@ class StageLoop:
     ) -> None:
         self.stage, self.context, self.trainer, self.reference = stage, context, trainer, reference
         self.folder = context.run.stage(stage.name)
-        self._last: dict[str, float] = {}  # metrics of the last step
+        self._last: dict[str, float] = {}  # latest value of every metric
         self._metrics: MetricsWriter | None = None
         self._progress: Progress | None = None
         self._saved_step = -1
@@ -74,6 +75,7 @@ class StageLoop:
             if self.reference is not None:
                 self.reference.replace(0)
         if self.context.world.rank == 0:
+            record_exclusions(self.folder.path, self.context.heldout, start, resumed=path is not None)
             self._metrics = MetricsWriter(self.folder.path, self.context.attempt)
             self._metrics.truncate_after(self.trainer.step)
             self._progress = Progress(self.stage.name, self.stage.steps, self.trainer.step)
@@ -90,13 +92,14 @@ class StageLoop:
 
     def log(self, metrics: Mapping[str, float]) -> None:
         """Record the metrics of the optimizer step just taken."""
-        self._last = dict(metrics)
+        self._last.update(metrics)
         step = self.trainer.step
         if self._progress is not None:
             self._progress.update(step, metrics)
         if time.monotonic() - self._recorded > _RECORD_SECONDS:
             self._record_steps_done()
-        if self._metrics is not None and (step % self.stage.log_every == 0 or step == self.stage.steps):
+        due = step % self.stage.log_every == 0 or step == self.stage.steps or "rollout/tokens" in metrics
+        if self._metrics is not None and due:
             self._metrics.write(step, metrics)
 
     def end_of_step(self, state: Callable[[], dict[str, Any]]) -> None:

@@ -6,6 +6,7 @@ Its result is the same on every rank: replicas sample their share of the prompts
 from __future__ import annotations
 
 import dataclasses
+import logging
 import random
 import statistics
 import time
@@ -27,6 +28,8 @@ from megatron_r1.parallel.world import World
 from megatron_r1.rewards.mixer import Scorer
 from megatron_r1.rollout.engine import Progress, RolloutEngine
 from megatron_r1.types import Group, Prompt, Sample
+
+logger = logging.getLogger(__name__)
 
 _MOST_ROUNDS = 64  # rollout rounds of one phase
 
@@ -152,7 +155,9 @@ def _one_round(
     began = time.monotonic()
     groups = [Group(prompt=p, completions=c) for p, c in zip(mine, completions, strict=True)]
     if world.is_leader:
-        scorer.score_groups(groups)
+        stats = scorer.score_groups(groups)
+        if stats.unknown:
+            logger.warning("verdicts unknown, by reason: %s", stats.unknown)
         _shape_overlong(groups, stage)
     # One rank of a replica judges and tells the others: a verifier that misses its deadline on one rank only must
     # not give tensor-parallel ranks different advantages.

@@ -9,11 +9,10 @@ import time
 from pathlib import Path
 
 from megatron_r1.config.run import PretrainStage
-from megatron_r1.data.batching import make_micro_batches
 from megatron_r1.data.text_batches import TextBatches
 from megatron_r1.train.context import RunContext
-from megatron_r1.train.log_probs import length_multiple
 from megatron_r1.train.loop import StageLoop
+from megatron_r1.train.micro_batches import own_micro_batches
 from megatron_r1.train.objectives import LanguageModelObjective
 from megatron_r1.train.trainer import Trainer
 
@@ -40,14 +39,7 @@ def pretrain(stage: PretrainStage, context: RunContext, start: Path | None) -> d
         while trainer.step < stage.steps:
             began = time.monotonic()
             samples = batches.take(trainer.step)
-            shards = make_micro_batches(
-                samples,
-                max_tokens=stage.micro_batch_tokens,
-                pad_id=tokenizer.pad_id,
-                multiple_of=length_multiple(world),
-                shards=world.data_size,
-            )
-            mine = [batch.to(world.device) for batch in shards[world.data_rank]]
+            mine = own_micro_batches(samples, world, max_tokens=stage.micro_batch_tokens, pad_id=tokenizer.pad_id)
             result = trainer.train_step(mine, LanguageModelObjective())
             loop.check_finite(result, samples)
             seconds = time.monotonic() - began
@@ -58,6 +50,7 @@ def pretrain(stage: PretrainStage, context: RunContext, start: Path | None) -> d
                     "optim/grad_norm": result.grad_norm,
                     "optim/lr": result.lr,
                     "train/tokens": float(tokens),
+                    "data/held_out_skips": float(batches.excluded),
                     "train/tokens_per_second": tokens / seconds,
                     "time/step": seconds,
                 }

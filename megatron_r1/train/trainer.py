@@ -188,4 +188,7 @@ def _schedule(megatron_optimizer: Any, optimizer: OptimizerConfig, steps: int) -
         end_wd=optimizer.weight_decay,
         wd_incr_steps=steps,
         wd_incr_style="constant",
+        # The recipe rules, also after a resume: a user may lower the learning rate of a run that diverged.
+        use_checkpoint_opt_param_scheduler=False,
+        override_opt_param_scheduler=True,
     )

@@ -10,6 +10,7 @@ import torch
 
 from megatron_r1.config.model import ParallelConfig
 from tests.dist.harness import run_layouts, run_world
+from tests.e2e.recipes import tensors
 from tests.dist.workload import generate, resume, resume_each, save_start, train
 
 ONE = ParallelConfig(data=1)
@@ -24,12 +25,9 @@ DENSE = {name: layout for name, layout in TWO.items() if name != "EP2"}
 STEPS = 3
 
 
-def tensors(folder: Path) -> dict[str, torch.Tensor]:
+def weights(folder: Path) -> dict[str, torch.Tensor]:
     """The model's whole tensors of a checkpoint."""
-    from megatron.core import dist_checkpointing
-
-    plain = dist_checkpointing.load_plain_tensors(str(folder))
-    return {k: v for k, v in plain.items() if not k.startswith(("optimizer", "rng")) and "chained" not in k}
+    return {k: v for k, v in tensors(folder).items() if not k.startswith(("optimizer", "rng"))}
 
 
 @pytest.fixture(scope="module")
@@ -70,10 +68,10 @@ def test_every_step_equals_one_process(runs: dict[str, Any]) -> None:
 
 def test_parameters_equal_one_process(runs: dict[str, Any]) -> None:
     folders = {path.name: path / f"step-{STEPS:08d}" for path in runs["saved"].iterdir()}
-    reference = tensors(folders.pop("one"))
+    reference = weights(folders.pop("one"))
     assert folders, "no layout was saved"
     for name, folder in folders.items():
-        found = tensors(folder)
+        found = weights(folder)
         assert found.keys() == reference.keys(), name
         differences = torch.cat([(found[k].double() - reference[k].double()).abs().flatten() for k in reference])
         # Adam turns rounding of near-zero gradients into sign noise: a few entries move by up to a step.
@@ -100,6 +98,24 @@ def test_replicated_optimizer_state_is_not_taken_for_a_sharded_one(runs: dict[st
     arguments = (str(runs["saved"] / "replicated"), runs["preset"], runs["kind"], STEPS)
     with pytest.raises(AssertionError, match=r"Set parallel\.distributed_optimizer = false"):
         run_world(resume, ONE, *arguments)
+
+
+def test_virtual_stages_and_split_experts_equal_one_process(start: Path, tmp_path: Path) -> None:
+    """Virtual pipelining (four layers, two stages, two chunks each) and experts split over tensors."""
+    run_world(save_start, ONE, str(tmp_path / "start"), "tiny-dense")
+    for preset, kind, layout, root in (
+        ("tiny-dense", "grpo", ParallelConfig(pipeline=2, virtual_pipeline=2, data=1), tmp_path / "start"),
+        ("tiny-moe", "grpo", ParallelConfig(expert_tensor=2, data=2), start / "tiny-moe"),
+    ):
+        one = run_world(train, ONE, str(root), preset, kind, 2, str(tmp_path / "one"))[0]
+        two = run_world(train, layout, str(root), preset, kind, 2, str(tmp_path / "two"))[0]
+        for (loss, norm), (loss_one, norm_one) in zip(two, one, strict=True):
+            assert loss == pytest.approx(loss_one, rel=1e-5, abs=1e-6), layout
+            assert norm == pytest.approx(norm_one, rel=1e-5), layout
+        tokens, _ = run_world(generate, ONE, str(root), preset)[0]
+        for found, gap in run_world(generate, layout, str(root), preset):
+            assert found == tokens, layout
+            assert gap < 1e-5, layout
 
 
 def test_tokens_equal_one_process(start: Path) -> None:

@@ -17,18 +17,18 @@ from megatron_r1.checkpoint import io as checkpoint_io
 from megatron_r1.config.grpo import LossConfig
 from megatron_r1.config.model import ModelConfig, TokenizerConfig
 from megatron_r1.config.optim import OptimizerConfig, SamplingConfig
-from megatron_r1.data.batching import make_micro_batches
 from megatron_r1.data.tokenizers import build_tokenizer
 from megatron_r1.model.presets import architecture
 from megatron_r1.parallel.world import World
 from megatron_r1.rollout.megatron import MegatronEngine
-from megatron_r1.train.log_probs import compute_log_probs, length_multiple
+from megatron_r1.train.log_probs import compute_log_probs
+from megatron_r1.train.micro_batches import own_micro_batches
 from megatron_r1.train.objectives import LanguageModelObjective, Objective, PolicyObjective
 from megatron_r1.train.trainer import Trainer
 from megatron_r1.types import Prompt, Sample
 
 TOKENIZER = build_tokenizer(TokenizerConfig(kind="char"))
-OPTIMIZER = OptimizerConfig(lr=1e-2, weight_decay=0.01, clip_grad=0.3)
+OPTIMIZER = OptimizerConfig(lr=1e-3, weight_decay=0.01, clip_grad=0.3)
 LOSS = LossConfig(clip_low=0.2)
 
 
@@ -75,11 +75,8 @@ def objective_of(kind: str, batch: list[Sample], trainer: Trainer, world: World)
     return PolicyObjective(LOSS, count(batch), 64, 1.0, int(trainer.arch["vocab_size"]), world)
 
 
-def micro_batches(batch: list[Sample], world: World, max_tokens: int = 160) -> list[Any]:
-    shards = make_micro_batches(
-        batch, max_tokens=max_tokens, pad_id=0, multiple_of=length_multiple(world), shards=world.data_size
-    )
-    return shards[world.data_rank]
+def micro_batches(batch: list[Sample], world: World) -> list[Any]:
+    return own_micro_batches(batch, world, max_tokens=160, pad_id=0)
 
 
 def train(world: World, root: str, preset: str, kind: str, steps: int, saved: str) -> list[tuple[float, float]]:

@@ -42,8 +42,6 @@ def test_the_papers_recipe_departs_in_nothing(tmp_path: Path) -> None:
             "max_length = 10, buffer = 2, factor = 1",
         ),
         ("sampling.temperature", "0.7", "1", "0.7"),
-        ("sampling.top_p", "0.9", "1", "0.9"),
-        ("sampling.top_k", "50", "0", "50"),
         ("sampling.max_new_tokens", "64", "32768", "64"),
         ("sampling.stop", "['x']", "none", "['x']"),
         ("prompts.template", "plain", "r1-zero", "plain"),

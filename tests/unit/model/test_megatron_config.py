@@ -154,7 +154,13 @@ def test_unknown_fields_are_refused_with_a_hint(world: World) -> None:
     said = refusal(megatron={"recompute_granularty": "full"})
     assert "[model.megatron] recompute_granularty: Megatron's MLATransformerConfig has no such field" in said
     assert "did you mean recompute_granularity" in said
-    assert "TransformerConfig has no such field" in refusal(preset="tiny-dense", megatron={"kv_lora_rank": 8})
+    assert "TransformerConfig has no such field" in refusal(preset="tiny-dense", megatron={"mscale": 1.0})
+
+
+@pytest.mark.parametrize("key", ["num_query_groups", "kv_lora_rank", "moe_router_topk", "mtp_num_layers"])
+def test_architecture_fields_are_refused(world: World, key: str) -> None:
+    said = refusal(megatron={key: 3})
+    assert f"[model.megatron] {key}: this field follows from the architecture; change it with model.override" in said
 
 
 @pytest.mark.parametrize("key", ["sequence_parallel", "calculate_per_token_loss", "use_cpu_initialization", "bf16"])
@@ -168,9 +174,9 @@ def test_every_reserved_field_exists(world: World) -> None:
 
     from megatron.core.transformer.transformer_config import MLATransformerConfig
 
-    from megatron_r1.model.megatron_fields import RESERVED
+    from megatron_r1.model.megatron_fields import ARCHITECTURE, RESERVED
 
-    assert {field.name for field in dataclasses.fields(MLATransformerConfig)} >= RESERVED
+    assert {field.name for field in dataclasses.fields(MLATransformerConfig)} >= RESERVED | ARCHITECTURE
 
 
 @pytest.mark.parametrize(
@@ -185,7 +191,7 @@ def test_every_reserved_field_exists(world: World) -> None:
             ],
         ),
         (
-            {"megatron": {"moe_router_group_topk": 2, "moe_router_num_groups": 4}},
+            {"arch": {"topk_group": 2, "n_group": 4}},
             ["num_experts_per_tok 2 with topk_group 2", "by its best 1 experts"],
         ),
         (
