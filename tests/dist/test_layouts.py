@@ -100,6 +100,7 @@ def test_replicated_optimizer_state_is_not_taken_for_a_sharded_one(runs: dict[st
         run_world(resume, ONE, *arguments)
 
 
+@pytest.mark.slow
 def test_virtual_stages_and_split_experts_equal_one_process(start: Path, tmp_path: Path) -> None:
     """Virtual pipelining (four layers, two stages, two chunks each) and experts split over tensors."""
     run_world(save_start, ONE, str(tmp_path / "start"), "tiny-dense")
