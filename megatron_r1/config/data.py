@@ -63,7 +63,8 @@ class CorpusConfig(Table):
     options: dict[str, Any] = Field(default_factory=dict)
     """Difficulty of the task, as in a prompt source."""
     styles: dict[str, float]
-    """Weight of each style: "steps", "plain_steps", "check", "direct", "plain" (see docs/quickstart.md)."""
+    """Weight of each style: "steps", "plain_steps", "check", "direct", "plain": worked in tags,
+    worked without tags, worked and re-checked, guessed in tags, guessed without tags."""
     error_rate: float = Field(default=0.02, ge=0, le=1)
     """Chance that a step of a worked solution is wrong."""
     guess_accuracy: float = Field(default=0.5, ge=0, le=1)

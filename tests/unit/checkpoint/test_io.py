@@ -230,3 +230,21 @@ def test_a_folder_that_cannot_be_made_is_the_user_s_to_mend(world: World, tmp_pa
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match=r"cannot write the checkpoint: .*Not a directory"):
         io.save(tmp_path / "file" / "checkpoints", make_trainer(world, seed=1), {}, None, keep=1)
+
+
+def test_the_recipes_optimizer_settings_rule_after_a_resume(
+    world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from megatron_r1.checkpoint import io as checkpoint_io
+
+    trainer = make_trainer(world, seed=1)
+    step(trainer, 0)
+    checkpoint_io.save(tmp_path, trainer, {}, None, keep=1)
+    monkeypatch.setattr(f"{__name__}.OPTIMIZER", OptimizerConfig(lr=1e-3, weight_decay=0.5, beta2=0.9))
+    resumed = make_trainer(world, seed=2)
+    checkpoint_io.load(folders.folder(tmp_path, 1), resumed, None)
+    assert resumed.step == 1
+    assert step(resumed, 1)[2] == pytest.approx(1e-3)
+    for group in resumed.optimizer.param_groups:
+        assert group["betas"] == (0.9, 0.9)
+        assert group["weight_decay"] == pytest.approx(0.5 * group["wd_mult"])

@@ -235,3 +235,14 @@ def test_to_moves_every_tensor() -> None:
 def test_misaligned_samples(samples: list[Sample], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         make_micro_batches(samples, 64, 0)
+
+
+@pytest.mark.parametrize("multiple", [1, 2, 3, 4])
+def test_fillers_round_the_number_of_micro_batches_up(multiple: int) -> None:
+    samples = [Sample(token_ids=list(range(1, 2 + n)), prompt_length=1) for n in range(1, 12)]
+    plain = make_micro_batches(samples, max_tokens=24, pad_id=0, shards=2)
+    rounded = make_micro_batches(samples, max_tokens=24, pad_id=0, shards=2, count_multiple_of=multiple)
+    assert len(rounded[0]) == len(rounded[1]) == -(-len(plain[0]) // multiple) * multiple
+    for before, after in zip(plain, rounded, strict=True):
+        assert [b.sample_indices for b in before] == [b.sample_indices for b in after[: len(before)]]
+        assert all(b.sample_indices == [] and b.loss_mask_BT.sum() == 0 for b in after[len(before) :])
