@@ -12,6 +12,7 @@ import sys
 import tomllib
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -151,7 +152,9 @@ def test_the_report_holds_the_numbers_of_the_run(reference: Finished, tmp_path: 
     assert process.stdout.strip() == str(run / "report.html")
     page = (run / "report.html").read_text()
     text = re.sub(r"\s+", " ", re.sub(r"<[^>]+>", " ", page))
-    rows = {stage: lines(run / stage)[-1] for stage in STAGES}
+    rows: dict[str, dict[str, Any]] = {}  # the latest value of every metric
+    for stage in STAGES:
+        rows[stage] = {name: value for line in lines(run / stage) for name, value in line.items()}
     for stage, metric, label in (
         ("pretrain", "loss/lm", "loss/lm"),
         ("r1-zero", "reward/mean", "reward/mean"),
