@@ -237,7 +237,8 @@ def _start_ranks(config: RunConfig, world: int, run_dir: Path) -> int:
     environment = {**os.environ, "OMP_NUM_THREADS": str(config.threads)}
     status = launch([*command, "--run-dir", str(run_dir)], world, logs.log_dir(logs.next_attempt()), environment)
     if status > 128:
-        again = shlex.join(["megatron-r1", *command[3:], "--run-dir", str(run_dir)])
+        ranks = [] if world == config.parallel.world_size else ["--nproc", str(world)]
+        again = shlex.join(["megatron-r1", *command[3:], "--run-dir", str(run_dir), *ranks])
         print(f"megatron-r1: stopped; to go on from the last checkpoint: {again}", file=sys.stderr)
     return status
 

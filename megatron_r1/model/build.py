@@ -9,6 +9,7 @@ from megatron.core import parallel_state
 from megatron.core.transformer.module import Float16Module
 from megatron.core.transformer.transformer_config import TransformerConfig
 
+from megatron_r1.config.errors import UserError
 from megatron_r1.config.model import ModelConfig
 from megatron_r1.model.gpt import PolicyModel
 from megatron_r1.model.megatron_config import transformer_config
@@ -24,11 +25,18 @@ def build_model(
 ) -> list[torch.nn.Module]:
     """This rank's model chunks, one per virtual pipeline stage, with freshly drawn weights. Collective.
 
+    Raises UserError for a DeepSeek-V3 model on a GPU without Transformer Engine.
+
     A chunk is a PolicyModel, inside Megatron's Float16Module where parameters are bf16 (see `unwrap`).
 
     The weights drawn depend on the layout; start from a checkpoint to compare layouts.
     """
     on_cpu = world.device.type == "cpu"
+    if not on_cpu and arch["model_type"] == "deepseek_v3" and not transformer_engine_available():
+        raise UserError(
+            "a DeepSeek-V3 model on a GPU needs Transformer Engine, which is not installed: "
+            "pip install 'megatron-r1[gpu]'. Without it Megatron-Core 0.16.1 cannot build multi-latent attention there"
+        )
     config = transformer_config(arch, model, world.layout, on_cpu=on_cpu, mtp_loss=mtp_loss)
     stages = world.layout.virtual_pipeline
     chunks = [_chunk(arch, config, stage if stages > 1 else None, world) for stage in range(stages)]

@@ -81,3 +81,15 @@ def test_freshly_drawn_experts_all_differ(world: World) -> None:
     assert len({p.detach().numpy().tobytes() for p in experts}) == len(experts)
     std = architecture(ModelConfig(preset="tiny-moe"), VOCAB)["initializer_range"]
     assert torch.stack(experts).std().item() == pytest.approx(std, rel=0.05)
+
+
+def test_deepseek_on_a_gpu_without_transformer_engine_names_the_extra(world: World) -> None:
+    import dataclasses
+
+    from megatron_r1.config.errors import UserError
+    from megatron_r1.model.build import build_model
+
+    model = ModelConfig(preset="tiny-moe")
+    on_gpu = dataclasses.replace(world, device=torch.device("cuda"))
+    with pytest.raises(UserError, match=r"pip install 'megatron-r1\[gpu\]'"):
+        build_model(architecture(model, 96), model, on_gpu)
