@@ -48,7 +48,6 @@ def check_layout(
     world_size: int | None = None,
     *,
     megatron: Mapping[str, Any] | None = None,
-    sequence_length: int | None = None,
 ) -> None:
     """Refuse a layout that cannot run this architecture, naming every violated rule.
 
@@ -57,7 +56,6 @@ def check_layout(
         parallel: the `[parallel]` table.
         world_size: processes started; None: those that `parallel` asks for.
         megatron: the `[model.megatron]` table, whose pipeline keys allow uneven stages.
-        sequence_length: a fixed padded length in tokens, where there is one.
 
     Raises:
         UserError: one line per violated rule, with the numbers and the values that would be legal.
@@ -68,7 +66,6 @@ def check_layout(
         *_attention(shape, architecture, parallel.tensor),
         *_experts(shape, architecture, parallel),
         *_pipeline(shape, parallel, megatron or {}),
-        *_sequence(parallel, sequence_length),
         *_world(parallel, world),
     ]
     if problems:
@@ -196,19 +193,6 @@ def _pipeline(shape: _Shape, parallel: ParallelConfig, megatron: Mapping[str, An
             f"{_divisors(shape.layers)}); for uneven "
             f"stages set [model.megatron] {PIPELINE_KEYS[0]} or {PIPELINE_KEYS[1]}"
         )
-
-
-def _sequence(parallel: ParallelConfig, length: int | None) -> Iterator[str]:
-    """Context parallelism gives each rank two chunks of a sequence; sequence parallelism divides
-    those by TP.
-    """
-    if length is None:
-        return
-    parts = parallel.tensor * (2 * parallel.context if parallel.context > 1 else 1)
-    if length % parts:
-        fitting = -(-length // parts) * parts
-        rule = "tensor x 2 x context" if parallel.context > 1 else "tensor"
-        yield (f"the padded sequence length ({length}) must be a multiple of {rule} = {parts}, e.g. {fitting}")
 
 
 def _world(parallel: ParallelConfig, world: int) -> Iterator[str]:

@@ -150,11 +150,6 @@ class Corpus:
         self.excluded = int(state["excluded"])
 
 
-def documents(config: CorpusConfig, seed: int, exclude: frozenset[str] = frozenset()) -> Corpus:
-    """An endless, resumable iterator over (prompt, body, style); see `Corpus`."""
-    return Corpus(config, seed, exclude)
-
-
 def classify_style(text: str) -> str:
     """The style of a completion's whole text: a key of `STYLES`, or "other" for malformed tags.
 

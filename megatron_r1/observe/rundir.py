@@ -2,7 +2,7 @@
 stages.
 
     runs/<name>/recipe.toml resolved.toml stages.json departures.json summary.json report.html
-    runs/<name>/<stage>/metrics.jsonl tensorboard/ rollouts/ checkpoints/ hf/
+    runs/<name>/<stage>/metrics.jsonl tensorboard/ rollouts/ checkpoints/
     logs/attempt-N/rank-R.log
 
 The pipeline writes here, `megatron-r1 status` and `report` read. Every file is replaced as a whole
@@ -79,11 +79,6 @@ class StageDir:
         """Megatron shards, written by `checkpoint`."""
         return self.path / "checkpoints"
 
-    @property
-    def hf(self) -> Path:
-        """Hugging Face export, written by `convert`."""
-        return self.path / "hf"
-
     def rollout_file(self, step: int) -> Path:
         """File of the rollout phase that began after `step` optimizer steps."""
         return self.rollouts / f"step-{step:06d}.jsonl.gz"
@@ -91,10 +86,6 @@ class StageDir:
     def log_dir(self, attempt: int) -> Path:
         """Logs of one attempt; attempts count from 1."""
         return self.path / "logs" / f"attempt-{attempt}"
-
-    def rank_log(self, attempt: int, rank: int) -> Path:
-        """Log of one process of one attempt."""
-        return self.log_dir(attempt) / f"rank-{rank}.log"
 
     def next_attempt(self) -> int:
         """1 + the highest attempt that has a log folder; 1 for a new stage."""

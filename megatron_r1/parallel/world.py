@@ -45,11 +45,6 @@ class World:
     model_group: Any  # every rank of one replica (TP x PP)
 
     @property
-    def is_first_stage(self) -> bool:
-        """Whether this rank holds the embedding."""
-        return self.pipeline_rank == 0
-
-    @property
     def is_last_stage(self) -> bool:
         """Whether this rank holds the output layer."""
         return self.pipeline_rank == self.layout.pipeline - 1

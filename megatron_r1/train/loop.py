@@ -15,7 +15,7 @@ from megatron_r1.checkpoint import io as checkpoint_io
 from megatron_r1.config.errors import RunFailed
 from megatron_r1.config.run import TrainStage
 from megatron_r1.model.reference import Reference
-from megatron_r1.observe.metrics import MetricsWriter
+from megatron_r1.observe.metrics import MetricsWriter, read_metrics
 from megatron_r1.observe.progress import Progress
 from megatron_r1.observe.rundir import write_json
 from megatron_r1.train.context import RunContext
@@ -78,6 +78,8 @@ class StageLoop:
             record_exclusions(self.folder.path, self.context.heldout, start, resumed=path is not None)
             self._metrics = MetricsWriter(self.folder.path, self.context.attempt)
             self._metrics.truncate_after(self.trainer.step)
+            for row in read_metrics(self.folder.metrics):  # a resumed stage's result is that of the whole stage
+                self._last.update(row)
             self._progress = Progress(self.stage.name, self.stage.steps, self.trainer.step)
         return state
 

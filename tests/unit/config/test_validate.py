@@ -222,14 +222,6 @@ def test_uneven_stages_need_a_pipeline_key() -> None:
         check_layout(DENSE, layout, megatron={"moe_router_dtype": "fp32"})
 
 
-def test_sequence_lengths() -> None:
-    check_layout(DENSE, ParallelConfig(tensor=2, context=2), sequence_length=16)
-    with pytest.raises(UserError, match=r"multiple of tensor x 2 x context = 8, e.g. 24"):
-        check_layout(DENSE, ParallelConfig(tensor=2, context=2), sequence_length=17)
-    with pytest.raises(UserError, match=r"multiple of tensor = 2, e.g. 18"):
-        check_layout(DENSE, ParallelConfig(tensor=2), sequence_length=17)
-
-
 def test_an_architecture_without_its_numbers() -> None:
     with pytest.raises(UserError, match="num_hidden_layers must be a whole number above 0, got nothing"):
         check_layout({k: v for k, v in DENSE.items() if k != "num_hidden_layers"}, ParallelConfig())

@@ -11,7 +11,7 @@ import pytest
 
 from megatron_r1.config.data import CorpusConfig
 from megatron_r1.config.errors import UserError
-from megatron_r1.data.corpus import STYLES, Corpus, classify_style, documents
+from megatron_r1.data.corpus import STYLES, Corpus, classify_style
 from megatron_r1.data.generators import Problem, Task, build_task
 from megatron_r1.data.heldout import question_hash
 
@@ -35,7 +35,7 @@ def answer_of(body: str) -> int:
 
 def test_mixture_follows_the_weights() -> None:
     count = 8000
-    corpus = documents(config(), seed=0)
+    corpus = Corpus(config(), seed=0)
     styles = Counter(next(corpus).style for _ in range(count))
     assert set(styles) == set(ALL)
     for style, weight in ALL.items():
@@ -44,7 +44,7 @@ def test_mixture_follows_the_weights() -> None:
 
 
 def test_weight_zero_never_occurs_and_weights_need_not_sum_to_one() -> None:
-    corpus = documents(config({"direct": 3, "plain": 0, "steps": 1}), seed=0)
+    corpus = Corpus(config({"direct": 3, "plain": 0, "steps": 1}), seed=0)
     styles = Counter(next(corpus).style for _ in range(2000))
     assert set(styles) == {"direct", "steps"}
     assert 0.71 < styles["direct"] / 2000 < 0.79
@@ -52,7 +52,7 @@ def test_weight_zero_never_occurs_and_weights_need_not_sum_to_one() -> None:
 
 @pytest.mark.parametrize("style", ["steps", "plain_steps", "check"])
 def test_worked_documents_without_errors_are_always_right(style: str) -> None:
-    corpus = documents(config({style: 1}, error_rate=0.0, options={"terms": [2, 6]}), seed=1)
+    corpus = Corpus(config({style: 1}, error_rate=0.0, options={"terms": [2, 6]}), seed=1)
     for _ in range(500):
         document = next(corpus)
         assert answer_of(document.body) == total(document.prompt)
@@ -61,7 +61,7 @@ def test_worked_documents_without_errors_are_always_right(style: str) -> None:
 
 
 def test_error_rate_is_that_of_a_step() -> None:
-    corpus = documents(config({"steps": 1}, error_rate=0.1), seed=2)
+    corpus = Corpus(config({"steps": 1}, error_rate=0.1), seed=2)
     steps = [
         int(a) + int(b) == int(c)
         for _ in range(1000)
@@ -74,7 +74,7 @@ def test_error_rate_is_that_of_a_step() -> None:
 @pytest.mark.parametrize("style", ["direct", "plain"])
 @pytest.mark.parametrize("accuracy", [0.0, 0.3, 1.0])
 def test_guess_accuracy(style: str, accuracy: float) -> None:
-    corpus = documents(config({style: 1}, guess_accuracy=accuracy), seed=3)
+    corpus = Corpus(config({style: 1}, guess_accuracy=accuracy), seed=3)
     found = [next(corpus) for _ in range(1500)]
     right = sum(answer_of(document.body) == total(document.prompt) for document in found) / 1500
     assert abs(right - accuracy) <= 4 * (accuracy * (1 - accuracy) / 1500) ** 0.5
@@ -122,24 +122,24 @@ def test_bodies_by_hand(style: str, attempts: list[tuple[str, str]], body: str) 
 
 
 def test_documents_are_a_function_of_seed_and_index() -> None:
-    corpus = documents(config(), seed=5)
+    corpus = Corpus(config(), seed=5)
     in_order = [next(corpus) for _ in range(60)]
-    fresh = documents(config(), seed=5)
+    fresh = Corpus(config(), seed=5)
     assert [fresh.document(index) for index in reversed(range(60))] == in_order[::-1]
     assert fresh.position == 0
-    for other in (documents(config(), seed=6), documents(config(seed=1), seed=5)):
+    for other in (Corpus(config(), seed=6), Corpus(config(seed=1), seed=5)):
         assert sum(other.document(i) == in_order[i] for i in range(60)) < 5
 
 
 def test_resume_at_every_position() -> None:
-    exclude = frozenset({question_hash(documents(config(), 0).document(3).prompt)})
-    whole = documents(config(), 0, exclude)
+    exclude = frozenset({question_hash(Corpus(config(), 0).document(3).prompt)})
+    whole = Corpus(config(), 0, exclude)
     everything = [next(whole) for _ in range(20)]
     for cut in range(20):
-        first = documents(config(), 0, exclude)
+        first = Corpus(config(), 0, exclude)
         for _ in range(cut):
             next(first)
-        second = documents(config(), 0, exclude)
+        second = Corpus(config(), 0, exclude)
         second.restore(first.state())
         assert [next(second) for _ in range(20 - cut)] == everything[cut:]
         assert second.state() == whole.state() == {"position": 21, "excluded": 1}
@@ -147,13 +147,13 @@ def test_resume_at_every_position() -> None:
 
 def test_excluded_questions_are_skipped_and_counted() -> None:
     keys: dict[str, Any] = {"options": {"terms": [2, 3]}}
-    plain = documents(config(**keys), seed=0)
+    plain = Corpus(config(**keys), seed=0)
     everything = [next(plain) for _ in range(3000)]
     frequent = Counter(document.prompt for document in everything).most_common(40)
     exclude = frozenset(question_hash(question) for question, _ in frequent)
     held_out = {question for question, _ in frequent}
     kept = [i for i, document in enumerate(everything) if document.prompt not in held_out]
-    corpus = documents(config(**keys), 0, exclude)
+    corpus = Corpus(config(**keys), 0, exclude)
     assert [next(corpus) for _ in kept] == [everything[i] for i in kept]
     assert corpus.excluded == kept[-1] + 1 - len(kept) > 100
 
@@ -162,7 +162,7 @@ def test_everything_held_out_is_an_error(monkeypatch: pytest.MonkeyPatch) -> Non
     monkeypatch.setattr("megatron_r1.data.corpus.MAX_EXCLUDED_RUN", 50)
     small = config(task="count_letters", options={"length": 1, "letters": 2})
     words = [f"{a} in {b}=?" for a in "ab" for b in "ab"]
-    corpus = documents(small, 0, frozenset(map(question_hash, words)))
+    corpus = Corpus(small, 0, frozenset(map(question_hash, words)))
     with pytest.raises(UserError, match=r"corpus count_letters.*50 documents in a row ask held-out"):
         next(corpus)
     assert corpus.excluded == 50
@@ -170,7 +170,7 @@ def test_everything_held_out_is_an_error(monkeypatch: pytest.MonkeyPatch) -> Non
 
 def test_other_tasks_have_every_style() -> None:
     task: Task = build_task("count_letters", {})
-    corpus = documents(config(task="count_letters", error_rate=0.0), seed=0)
+    corpus = Corpus(config(task="count_letters", error_rate=0.0), seed=0)
     assert isinstance(corpus.task, type(task))
     for _ in range(200):
         document = next(corpus)
@@ -178,7 +178,7 @@ def test_other_tasks_have_every_style() -> None:
 
 
 def test_classify_every_generated_document() -> None:
-    corpus = documents(config(error_rate=0.3, options={"terms": [2, 6]}), seed=9)
+    corpus = Corpus(config(error_rate=0.3, options={"terms": [2, 6]}), seed=9)
     for _ in range(1000):
         document = next(corpus)
         assert classify_style(document.body) == document.style, document
@@ -219,11 +219,11 @@ def test_classify_what_models_write(text: str, style: str) -> None:
 )
 def test_bad_styles(styles: dict[str, float], message: str) -> None:
     with pytest.raises(UserError, match=message):
-        documents(CorpusConfig(styles=styles), 0)
+        Corpus(CorpusConfig(styles=styles), 0)
 
 
 def test_bad_task_and_option() -> None:
     with pytest.raises(UserError, match="task: 'nope' is unknown"):
-        documents(config(task="nope"), 0)
+        Corpus(config(task="nope"), 0)
     with pytest.raises(UserError, match="unknown option term"):
-        documents(config(options={"term": 3}), 0)
+        Corpus(config(options={"term": 3}), 0)

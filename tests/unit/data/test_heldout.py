@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from megatron_r1.config.errors import UserError
-from megatron_r1.data.heldout import check_disjoint, heldout_ids, question_hash
+from megatron_r1.data.heldout import heldout_ids, question_hash
 from megatron_r1.types import Prompt
 
 
@@ -39,15 +38,3 @@ def test_heldout_ids() -> None:
         question_hash("1+1=?"),
         question_hash("2+2=?"),
     }
-
-
-def test_check_disjoint() -> None:
-    heldout = heldout_ids(["1+1=?", "2+2=?"])
-    check_disjoint(iter([prompt("t:0", "1+2=?"), "2+1=?"]), heldout)
-    check_disjoint([], heldout)
-    train = [prompt("t:0", "1+2=?"), prompt("t:7", "2 + 2=?"), "1+1=?"]
-    with pytest.raises(UserError) as caught:
-        check_disjoint(iter(train), heldout)
-    message = str(caught.value)
-    assert message.startswith("2 training questions are held out")
-    assert "the first is t:7: '2 + 2=?'" in message

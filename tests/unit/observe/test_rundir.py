@@ -30,9 +30,7 @@ def test_paths_are_the_documented_ones(tmp_path: Path) -> None:
         stage.metrics,
         stage.tensorboard,
         stage.rollout_file(123),
-        stage.rank_log(2, 7),
         stage.checkpoints,
-        stage.hf,
     ]
     assert [str(path.relative_to(tmp_path)) for path in found] == [
         "recipe.toml",
@@ -44,9 +42,7 @@ def test_paths_are_the_documented_ones(tmp_path: Path) -> None:
         "r1-zero/metrics.jsonl",
         "r1-zero/tensorboard",
         "r1-zero/rollouts/step-000123.jsonl.gz",
-        "r1-zero/logs/attempt-2/rank-7.log",
         "r1-zero/checkpoints",
-        "r1-zero/hf",
     ]
 
 

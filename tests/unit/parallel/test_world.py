@@ -14,7 +14,7 @@ from megatron_r1.parallel.world import World
 def test_one_process_has_every_role(world: World) -> None:
     assert (world.rank, world.size, world.data_rank, world.data_size) == (0, 1, 0, 1)
     assert world.device == torch.device("cpu")
-    assert world.is_first_stage and world.is_last_stage and world.is_leader
+    assert world.is_last_stage and world.is_leader
     assert world.last_stage_rank == 0
     assert world.all_gather_replicas({"a": [1]}) == [{"a": [1]}]
     assert world.broadcast_in_replica("x") == "x"
