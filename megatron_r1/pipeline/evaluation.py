@@ -21,7 +21,8 @@ def run_evaluation(stage: EvalStage, context: RunContext, start: Path | None) ->
     """Load the checkpoint, sample, judge, write metrics and completions; returns the metrics and style counts."""
     from megatron_r1.checkpoint import io as checkpoint_io
 
-    check_never_trained_on(heldout_prompts(stage, context.tokenizer), start)
+    prompts = heldout_prompts(stage, context.tokenizer)
+    check_never_trained_on(prompts, start)
     # The optimizer is never stepped; building it keeps one way of loading weights.
     trainer = Trainer(context.arch, context.config.model, context.world, OptimizerConfig(lr=1e-6), 1, train_mtp=False)
     if start is not None:
@@ -37,7 +38,7 @@ def run_evaluation(stage: EvalStage, context: RunContext, start: Path | None) ->
     with Progress(stage.name, share, enabled=context.world.rank == 0) as progress:
         metrics, styles, groups = evaluate(
             stage,
-            context.tokenizer,
+            prompts,
             engine,
             context.world,
             context.config.seed,

@@ -42,14 +42,13 @@ def heldout_prompts(stage: EvalStage, tokenizer: Tokenizer) -> list[Prompt]:
 
 def evaluate(
     stage: EvalStage,
-    tokenizer: Tokenizer,
+    prompts: list[Prompt],
     engine: RolloutEngine,
     world: World,
     seed: int,
     progress: Progress | None = None,
 ) -> tuple[dict[str, float], dict[str, int], list[Group]]:
     """Sample and judge; returns (metrics, completions by style, scored groups), equal on all ranks. Collective."""
-    prompts = heldout_prompts(stage, tokenizer)
     # Every replica decodes equally many problems, as shared experts ask; a repeated one is judged once.
     share = -(-len(prompts) // world.data_size)
     mine = [prompts[(world.data_rank + i * world.data_size) % len(prompts)] for i in range(share)]
