@@ -35,8 +35,8 @@ REQUIRES = [
 ]
 
 EXTRAS = {
-    # Fused kernels, FP8 and the layer specs of a CUDA run.
-    "gpu": ["transformer-engine[pytorch]>=2.7,<3"],
+    # Fused kernels, FP8 and the layer specs of a CUDA run; the range that Megatron-Core 0.16.1 is made for.
+    "gpu": ["transformer-engine[pytorch]>=2.9,<2.12"],
     # The roll-out server.
     "sglang": ["sglang>=0.5.4,<0.6"],
     # Nothing beyond the base install, which already holds math-verify: kept so that `[math]` may be
@@ -45,7 +45,9 @@ EXTRAS = {
     # Procedural reasoning tasks as prompt sources.
     "tasks": ["reasoning-gym==0.1.25"],
     # TRL is the outside reference that the loss tests compare with.
-    "dev": ["pytest>=8,<10", "ruff>=0.9,<1", "mypy>=1.13,<3", "trl>=1.16,<1.17", "types-psutil"],
+    "dev": [
+        *("pytest>=8,<10", "hypothesis>=6.100,<7", "ruff>=0.9,<1", "mypy>=1.13,<3", "trl>=1.16,<1.17", "types-psutil"),
+    ],
 }
 EXTRAS["all"] = sorted({requirement for name in EXTRAS for requirement in EXTRAS[name]})
 

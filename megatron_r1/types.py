@@ -8,7 +8,10 @@ tensors only in `data/batching.py`.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
+
+if TYPE_CHECKING:
+    import numpy as np
 
 FinishReason = Literal["stop", "length", "abort"]
 VerdictStatus = Literal["correct", "wrong", "unknown"]
@@ -63,6 +66,8 @@ class Completion:
     weight_versions: tuple[int, int]  # (oldest, newest) policy version that sampled its tokens
     text: str  # decoded, without the end-of-sequence token
     score: Score | None = None  # None until the rewards have run
+    # int16 [P + T, MoE layers, top-k]: experts that prompt and answer were routed to; -1: not known; None: not recorded
+    routed_experts: np.ndarray | None = None
 
 
 @dataclass(kw_only=True, slots=True)
@@ -95,6 +100,7 @@ class Sample:
     old_log_probs: list[float] | None = None  # [T] of the policy at the start of the phase, by the trainer
     reference_log_probs: list[float] | None = None  # [T] of the KL reference
     loss_mask: list[int] | None = None  # [P + T], 1 where a token is learned; None: exactly the response
+    routed_experts: np.ndarray | None = None  # int16 [P + T, MoE layers, top-k] to replay in training; -1: not known
 
     @property
     def response_length(self) -> int:

@@ -52,6 +52,7 @@ def policy_loss(
     reference_log_probs_BT: Tensor | None = None,
     response_lengths_B: Tensor | None = None,
     sum_over_context: Callable[[Tensor], Tensor] = identity,
+    correction_NL: Tensor | None = None,
 ) -> PolicyLoss:
     """-sum_it w_it { min[rho_it A_i, clip(rho_it, 1 - clip_low, 1 + clip_high) A_i] - beta KL_it }.
 
@@ -79,6 +80,8 @@ def policy_loss(
             None: counted from the mask, summed over the context.
         sum_over_context: adds a [B] tensor up over context-parallel ranks; needs no gradient of its
             own. Called only with ratio = "sequence".
+        correction_NL: [B, T] weights of `mismatch.correct` that multiply c_it = min[...] and not the
+            KL term; read as a constant. None: 1. The metrics are those of the uncorrected ratio.
 
     Raises:
         ValueError: config.needs_reference without reference log-probs.
@@ -92,6 +95,8 @@ def policy_loss(
         ratio = _sequence_ratio(log_ratio, mask, response_lengths_B, sum_over_context)
     advantages = advantages_B.to(log_probs.dtype).unsqueeze(1)
     per_token = _clipped_loss(ratio, advantages, config)
+    if correction_NL is not None:
+        per_token = per_token * correction_NL.detach()
     metrics = _ratio_metrics(ratio.detach(), log_ratio.detach(), advantages, mask, config)
     if reference_log_probs_BT is not None:
         reference = _learned(reference_log_probs_BT, mask).detach()

@@ -44,6 +44,13 @@ PAPER_GRPO: dict[str, tuple[Any, str]] = {
     "grpo.loss.kl": ("k3", "the estimator of eq. 2"),
     "grpo.loss.kl_coefficient": (0.001, "beta"),
     "grpo.loss.reference_every": (400, "the reference becomes the policy every 400 steps"),
+    "grpo.correction.method": ("none", "no importance weight between sampling engine and trainer"),
+    "grpo.correction.veto": (None, "no response is left out for its mismatch"),
+    "grpo.correction.off_policy_mask": (
+        None,
+        "no response is left out for being off-policy (DeepSeek-V3.2's addition)",
+    ),
+    "grpo.correction.old_policy": ("trainer", "the ratio is taken between two states of one policy (eq. 1)"),
     "prompts.template": ("r1-zero", "the template of table 1"),
 }
 PAPER_EVAL: dict[str, tuple[Any, str]] = {
@@ -83,6 +90,7 @@ def departures(config: RunConfig) -> list[Departure]:
     for stage in config.stage:
         if isinstance(stage, GrpoStage):
             found += _compare(stage, PAPER_GRPO, skip=_silent(stage))
+            found += _mask_limits(stage)
             found += _rewards(stage)
         elif isinstance(stage, EvalStage):
             found += _compare(stage, PAPER_EVAL, skip=())
@@ -118,6 +126,18 @@ def _compare(
             paper="none",
             here=_spell(sampling.stop),
             why=why,
+        )
+
+
+def _mask_limits(stage: GrpoStage) -> Iterator[Departure]:
+    """Limits that change the objective; those that warn or stop only watch it."""
+    masks = [f"{x.metric} above {_spell(x.threshold)}" for x in stage.grpo.mismatch_limit if x.action == "mask"]
+    if masks:
+        yield Departure(
+            key=f"stage.{stage.name}.grpo.mismatch_limit",
+            paper="none",
+            here=f"mask {', '.join(masks)}",
+            why="no response is left out for its mismatch",
         )
 
 

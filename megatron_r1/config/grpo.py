@@ -6,6 +6,7 @@ per-token form of the same objective.
 
 from __future__ import annotations
 
+import math
 from typing import Literal
 
 from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
@@ -60,6 +61,8 @@ class LossConfig(Table):
     """beta."""
     reference_every: NonNegativeInt = 400
     """Optimizer steps after which the reference becomes the current policy; 0: never."""
+    reference_memory: Literal["host", "device"] = "host"
+    """Where the reference's weights wait: host memory, swapped in for their pass, or a second copy on the device."""
 
     @property
     def epsilon_high(self) -> float:
@@ -70,6 +73,132 @@ class LossConfig(Table):
     def needs_reference(self) -> bool:
         """Whether reference log-probs enter the loss."""
         return self.kl != "none" and self.kl_coefficient > 0
+
+
+MismatchMetric = Literal[
+    "policy/engine_gap",
+    "policy/engine_k3",
+    "policy/engine_ratio_max",
+    "policy/engine_ess",
+    "policy/engine_outliers",
+    "policy/correction_masked",
+    "policy/correction_vetoed",
+]
+SEQUENCE_METRICS = ("policy/engine_gap", "policy/engine_k3", "policy/engine_ratio_max")
+"""Metrics of a step that a single sequence has too, so that a limit may take that sequence out."""
+
+BOUNDS: dict[str, tuple[float, float]] = {"tis": (0.0, 2.0), "mis": (0.5, 2.0), "cis": (0.5, 2.0), "icepop": (0.5, 5.0)}
+"""(low, high) of each method at level token and sequence, where a recipe does not set them."""
+GEOMETRIC_BOUNDS = (0.9999, 1.0001)
+"""The same at level geometric, for every method: a mean over a long response is near 1."""
+
+
+class CorrectionConfig(Table):
+    """`[stage.grpo.correction]`: what is done about w = pi_trainer(o_t) / pi_engine(o_t), taken at the same weights.
+    The weight multiplies the token's policy-gradient term and never its KL term. The paper corrects nothing."""
+
+    method: Literal["none", "tis", "mis", "cis", "icepop"] = "none"
+    """none: 1; tis: min(w, high), truncated importance sampling; mis: w inside [low, high] and 0 outside, masked
+    importance sampling; cis: w clipped to [low, high]; icepop: as mis, under the bounds of its paper."""
+    level: Literal["token", "sequence", "geometric"] = "token"
+    """What w is: token: the token's own ratio; sequence: the product over the response, for each of its tokens;
+    geometric: exp of the response's mean log-ratio. Log-ratios are clamped to [-20, 20] before exp."""
+    low: NonNegativeFloat | None = None
+    """Not set: 0.5 (mis, cis, icepop), at level geometric 0.9999. tis has no lower bound."""
+    high: PositiveFloat | None = None
+    """Not set: 2 (tis, mis, cis), 5 (icepop), at level geometric 1.0001, which under bf16 may well leave out most
+    responses: look at policy/correction_masked."""
+    veto: float | None = Field(default=None, gt=0, lt=1)
+    """A response with a token of w below this leaves the policy gradient as a whole, e.g. 1e-4; not set: none does."""
+    off_policy_mask: PositiveFloat | None = None
+    """DeepSeek-V3.2's delta: a response of negative advantage leaves the policy gradient where its mean
+    log(pi_engine / pi) exceeds this, pi being the policy in training; not set: none does."""
+    old_policy: Literal["trainer", "rollout"] = "trainer"
+    """Whose log-probs are the loss's old policy: the trainer's, recomputed at the start of the phase, or the sampling
+    engine's own (no recomputation, and the clip answers for the mismatch too). With "rollout" the metrics of the
+    mismatch, veto and limits compare the engine with the policy in training, earlier updates of the phase included."""
+
+    @property
+    def bounds(self) -> tuple[float, float]:
+        """(low, high) with the method's defaults filled in; (0, inf) for "none"."""
+        if self.method == "none":
+            return 0.0, math.inf
+        low, high = BOUNDS[self.method] if self.level != "geometric" else GEOMETRIC_BOUNDS
+        low = low if self.low is None else self.low
+        return 0.0 if self.method == "tis" else low, high if self.high is None else self.high
+
+    @property
+    def is_active(self) -> bool:
+        """Whether any weight can differ from 1."""
+        return self.method != "none" or self.veto is not None or self.off_policy_mask is not None
+
+    @model_validator(mode="after")
+    def _combination(self) -> CorrectionConfig:
+        if self.method == "none":
+            given = [name for name in ("low", "high") if getattr(self, name) is not None]
+            given += ["level"] if self.level != "token" else []
+            if given:
+                raise ValueError(
+                    f'{", ".join(given)} without effect: method is "none"; set method = "tis", "mis", "cis" or '
+                    f'"icepop", or remove {"it" if len(given) == 1 else "them"}'
+                )
+            return self
+        if self.old_policy == "rollout":
+            raise ValueError(
+                f'method = "{self.method}" with old_policy = "rollout" would count the mismatch twice: the ratio of '
+                'the loss is already taken against the engine; use method = "none" or old_policy = "trainer"'
+            )
+        if self.method == "tis" and self.low is not None:
+            raise ValueError(
+                f'low = {self.low:g}: "tis" only truncates from above; remove low, or use method = "cis" (clips both '
+                'sides) or "mis" (zero outside)'
+            )
+        low, high = self.bounds
+        if not low <= 1 <= high:
+            raise ValueError(
+                f"[low, high] = [{low:g}, {high:g}] must hold 1, the ratio of a token on which both sides agree"
+            )
+        return self
+
+
+class MismatchLimit(Table):
+    """`[[stage.grpo.mismatch_limit]]`: act when the sampling engine's log-probs stray from the trainer's."""
+
+    metric: MismatchMetric
+    """A metric of the optimizer step, by its name in metrics.jsonl."""
+    above: NonNegativeFloat | None = None
+    """Act above this value; for every metric but policy/engine_ess."""
+    below: float | None = Field(default=None, gt=0, le=1)
+    """Act below this value; for policy/engine_ess, the effective sample size as a share of the tokens."""
+    action: Literal["warn", "mask", "stop"] = "warn"
+    """warn: a line in the log; stop: write the batch to the stage's folder and end the run, before the step is saved;
+    mask: leave out of the policy gradient each single response whose own value of the metric is above."""
+
+    @model_validator(mode="after")
+    def _side(self) -> MismatchLimit:
+        side, other = ("below", "above") if self.metric == "policy/engine_ess" else ("above", "below")
+        if getattr(self, other) is not None or getattr(self, side) is None:
+            given = [f"{name} = {value:g}" for name in ("above", "below") if (value := getattr(self, name)) is not None]
+            raise ValueError(f"a limit on {self.metric} needs `{side}` alone, got {', '.join(given) or 'neither'}")
+        if self.metric == "policy/engine_ratio_max" and self.threshold < 1:
+            raise ValueError(f"above = {self.threshold:g}: the largest ratio is never below 1; set above >= 1")
+        if self.action == "mask" and self.metric not in SEQUENCE_METRICS:
+            raise ValueError(
+                f'action = "mask" looks at single responses, and {self.metric} is none of theirs (allowed: '
+                f'{", ".join(SEQUENCE_METRICS)}); use action = "warn" or "stop"'
+            )
+        return self
+
+    @property
+    def threshold(self) -> float:
+        """The value of `above` or `below`, whichever the metric has."""
+        value = self.below if self.above is None else self.above
+        assert value is not None  # the validator saw to it
+        return value
+
+    def exceeded_by(self, value: float) -> bool:
+        """Whether a value of the metric calls for the action; NaN does."""
+        return not (value >= self.threshold if self.above is None else value <= self.threshold)
 
 
 class GrpoConfig(Table):
@@ -92,9 +221,18 @@ class GrpoConfig(Table):
     """With dynamic_sampling: at most this many rollout rounds a phase, then go on with what there is."""
     expert_bias: Literal["frozen", "updated"] = "frozen"
     """The aux-loss-free balancing bias of the router during RL."""
+    routing_replay: Literal["none", "trainer", "rollout"] = "none"
+    """Experts a training forward uses. none: its own choice; trainer: those that the old policy chose in the trainer
+    (R2); rollout: those that the rollout engine chose while sampling (R3)."""
+    mtp_loss: NonNegativeFloat = 0.0
+    """Weight of the multi-token-prediction loss on responses. It trains the multi-token-prediction layers alone, to
+    keep them useful for speculative decoding; 0: they are frozen."""
     advantage: AdvantageConfig = AdvantageConfig()
     loss: LossConfig = LossConfig()
     overlong: OverlongConfig | None = None
+    correction: CorrectionConfig = CorrectionConfig()
+    mismatch_limit: list[MismatchLimit] = Field(default_factory=list)
+    """Any number of limits on the mismatch between sampling engine and trainer, each with its action."""
 
     @model_validator(mode="after")
     def _minibatches(self) -> GrpoConfig:
@@ -106,4 +244,19 @@ class GrpoConfig(Table):
             )
         if self.dynamic_sampling and self.no_signal == "keep":
             raise ValueError('dynamic_sampling replaces groups without signal: set no_signal = "drop" with it')
+        return self
+
+    @property
+    def corrects_mismatch(self) -> bool:
+        """Whether any token's policy-gradient term can be multiplied by something other than 1."""
+        return self.correction.is_active or any(limit.action == "mask" for limit in self.mismatch_limit)
+
+    @model_validator(mode="after")
+    def _limits(self) -> GrpoConfig:
+        for limit in self.mismatch_limit:
+            if limit.metric.startswith("policy/correction") and not self.corrects_mismatch:
+                raise ValueError(
+                    f"a mismatch_limit on {limit.metric} can never act: nothing is masked; set [stage.grpo.correction] "
+                    'or a limit with action = "mask", or remove it'
+                )
         return self

@@ -9,6 +9,10 @@ from pydantic import Field, PositiveInt, model_validator
 
 from megatron_r1.config.base import Table
 
+Precision = Literal["fp32", "bf16", "fp8-blockwise", "fp8-emulated"]
+RecomputeModule = Literal["core_attn", "moe_act", "layernorm", "mla_up_proj", "mlp", "moe", "shared_experts"]
+RECOMPUTE_FIELDS = ("recompute_granularity", "recompute_method", "recompute_num_layers", "recompute_modules")
+
 
 class ModelConfig(Table):
     """`[model]`: an architecture, by preset name or by a Hugging Face config.json."""
@@ -19,17 +23,49 @@ class ModelConfig(Table):
     """A Hugging Face `config.json` (or its folder) instead of a preset."""
     override: dict[str, Any] = Field(default_factory=dict)
     """Keys of that config.json to replace, e.g. {num_hidden_layers = 4}; unknown ones are refused."""
-    precision: Literal["fp32", "bf16"] = "fp32"
-    """Parameter dtype. bf16 keeps fp32 master weights in the optimizer."""
+    precision: Precision = "fp32"
+    """Parameter dtype and arithmetic of the linear layers; docs/precision.md compares them. All but fp32 parameters
+    keep fp32 master weights in the optimizer. fp8-blockwise: bf16 parameters, DeepSeek-V3's blockwise FP8 in the
+    linear layers, by Transformer Engine on Hopper. fp8-emulated: fp32 parameters and the same rounding in plain torch
+    on any device, slow, to measure what it does."""
+    fp8_scales: Literal["fp32", "power-of-2"] = "fp32"
+    """fp8-*: scales of the blocks. fp32 (amax / 448) as in DeepSeek-V3's checkpoints and FP8 rollout servers;
+    power-of-2 is Transformer Engine's own default (rounded up, so that scaling is exact)."""
     mtp: bool | None = None
     """Build the multi-token-prediction layers. None: as the architecture's num_nextn_predict_layers says."""
     megatron: dict[str, Any] = Field(default_factory=dict)
-    """`[model.megatron]`: any field of Megatron's TransformerConfig, passed through; unknown ones are refused."""
+    """`[model.megatron]`: any field of Megatron's TransformerConfig, passed through; unknown ones are refused. For
+    memory on GPUs: fine_grained_activation_offloading with offload_modules (and min_offloaded_tensor_size), or
+    cpu_offloading with cpu_offloading_num_layers (pipeline = 1, no recompute); activation_func_fp8_input_store;
+    distribute_saved_activations."""
+    recompute: Literal["none", "selective", "full"] = "none"
+    """Activations computed again in the backward pass instead of kept: those of `recompute_modules`, or all but the
+    input of every `recompute_layers` layers. Same numbers, less memory, more time (full: about a third)."""
+    recompute_modules: list[RecomputeModule] = Field(default_factory=list)
+    """recompute = "selective": which. DeepSeek-V3's choice is ["layernorm", "mla_up_proj", "moe_act"]; layernorm and
+    moe_act need Transformer Engine (on a CPU: "mlp" or "moe" instead)."""
+    recompute_method: Literal["uniform", "block"] = "uniform"
+    """recompute = "full": uniform recomputes all layers in units of `recompute_layers`; block recomputes the first
+    `recompute_layers` layers of each pipeline stage, one by one, and keeps the others."""
+    recompute_layers: PositiveInt | None = None
+    """recompute = "full": layers in a unit (uniform), or layers recomputed in a stage (block). None: 1."""
 
     @model_validator(mode="after")
     def _one_source(self) -> ModelConfig:
         if (self.preset is None) == (self.config is None):
             raise ValueError("give exactly one of `preset` and `config`")
+        return self
+
+    @model_validator(mode="after")
+    def _recompute(self) -> ModelConfig:
+        if (self.recompute == "selective") != bool(self.recompute_modules):
+            need = "needs" if self.recompute == "selective" else "takes no"
+            raise ValueError(f"recompute = {self.recompute!r} {need} `recompute_modules`")
+        if self.recompute_layers is not None and self.recompute != "full":
+            raise ValueError(f'recompute = {self.recompute!r} takes no `recompute_layers`; it belongs to "full"')
+        given = [key for key in self.megatron if key in RECOMPUTE_FIELDS]
+        if self.recompute != "none" and given:
+            raise ValueError(f"recompute = {self.recompute!r} and [model.megatron] {given[0]}: set only one of them")
         return self
 
 
@@ -55,7 +91,10 @@ class ParallelConfig(Table):
     """`[parallel]`: the layout. World size = tensor x pipeline x context x data; experts divide it anew."""
 
     tensor: PositiveInt = 1
-    """Tensor-parallel size (TP). Sequence parallelism is on whenever it is above 1."""
+    """Tensor-parallel size (TP)."""
+    sequence: bool = True
+    """Sequence parallelism: with tensor > 1, ranks also share the tokens between the tensor-parallel layers. Models
+    with experts or multi-head latent attention need it."""
     pipeline: PositiveInt = 1
     """Pipeline-parallel size (PP)."""
     virtual_pipeline: PositiveInt = 1
@@ -66,6 +105,9 @@ class ParallelConfig(Table):
     """Expert-parallel size (EP)."""
     expert_tensor: PositiveInt | None = None
     """Tensor-parallel size inside an expert (ETP). None: 1."""
+    dispatcher: Literal["alltoall", "allgather", "flex"] = "alltoall"
+    """How tokens reach their experts. allgather: every rank sees all tokens; rows are then padded to
+    micro_batch_tokens, since it needs equal lengths. flex: DeepEP or HybridEP kernels, on GPUs."""
     data: PositiveInt | None = None
     """Data-parallel size. None: whatever the started world leaves, at least what `expert` needs."""
     distributed_optimizer: bool = True
@@ -77,6 +119,11 @@ class ParallelConfig(Table):
     def etp(self) -> int:
         """Expert-tensor-parallel size with its default filled in."""
         return self.expert_tensor or 1
+
+    @property
+    def shards_sequence(self) -> bool:
+        """Whether tensor-parallel ranks hold different tokens between the tensor-parallel layers."""
+        return self.tensor > 1 and self.sequence
 
     @property
     def model_size(self) -> int:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
 from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
 
@@ -27,6 +27,12 @@ class OptimizerConfig(Table):
     eps: PositiveFloat = 1e-8
     clip_grad: NonNegativeFloat = 1.0
     """Largest global L2 norm of the gradient; 0: no clipping."""
+    megatron: dict[str, Any] = Field(default_factory=dict)
+    """`[stage.optimizer.megatron]`: any other field of Megatron's OptimizerConfig, passed through; unknown ones are
+    refused. Dtypes are "fp32", "bf16", "fp16" or "fp8". For memory: optimizer_cpu_offload = true with
+    optimizer_offload_fraction (1.0: all of it) and overlap_cpu_optimizer_d2h_h2d; use_precision_aware_optimizer = true
+    (Transformer Engine, parallel.distributed_optimizer) with main_grads_dtype, exp_avg_dtype, exp_avg_sq_dtype
+    (DeepSeek-V3: moments in bf16)."""
 
     @model_validator(mode="after")
     def _floor(self) -> OptimizerConfig:

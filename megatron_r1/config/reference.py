@@ -141,7 +141,7 @@ def _bounds(metadata: list[Any]) -> str:
 
 
 def _plural(noun: str) -> str:
-    return f"{noun}s"
+    return noun if noun.endswith('"') else f"{noun}s"
 
 
 def _default(field: FieldInfo) -> str:

@@ -31,7 +31,9 @@ class TrainStage(StageBase):
     optimizer: OptimizerConfig
     checkpoint: CheckpointConfig = CheckpointConfig()
     micro_batch_tokens: PositiveInt = 8192
-    """Padded tokens of a micro-batch: memory of activations against speed."""
+    """Most tokens of a micro-batch: memory of activations against speed. Context-parallel ranks share them."""
+    packing: bool = True
+    """Sequences of any length share a row, each attending to itself only. false: one padded row a sequence."""
     log_every: PositiveInt = 1
     """Steps between two lines of metrics."""
 

@@ -64,6 +64,7 @@ def check_layout(
     shape = _shape(architecture)
     problems = [
         *_attention(shape, architecture, parallel.tensor),
+        *_sequence(shape, architecture, parallel),
         *_experts(shape, architecture, parallel),
         *_pipeline(shape, parallel, megatron or {}),
         *_world(parallel, world),
@@ -137,6 +138,15 @@ def _attention(shape: _Shape, architecture: Mapping[str, Any], tensor: int) -> I
         )
 
 
+def _sequence(shape: _Shape, architecture: Mapping[str, Any], parallel: ParallelConfig) -> Iterator[str]:
+    if parallel.tensor > 1 and not parallel.sequence and (shape.experts or architecture.get("kv_lora_rank")):
+        yield (
+            "sequence is false with tensor above 1: Megatron-Core refuses to train experts that way, and the "
+            "replicated down-projections of multi-head latent attention get the right gradient only with it; set "
+            "sequence = true"
+        )
+
+
 def _experts(shape: _Shape, architecture: Mapping[str, Any], parallel: ParallelConfig) -> Iterator[str]:
     if not shape.experts:
         for key, size in (("expert", parallel.expert), ("expert_tensor", parallel.etp)):
@@ -196,6 +206,8 @@ def _pipeline(shape: _Shape, parallel: ParallelConfig, megatron: Mapping[str, An
 
 
 def _world(parallel: ParallelConfig, world: int) -> Iterator[str]:
+    if parallel.dispatcher == "flex" and parallel.tensor * parallel.expert == 1:
+        yield 'dispatcher = "flex" needs tensor x expert above 1 (Megatron-Core); use "alltoall"'
     dense, expert = parallel.model_size, parallel.expert * parallel.etp * parallel.pipeline
     if parallel.data is not None and world != dense * parallel.data:
         yield (

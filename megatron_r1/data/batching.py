@@ -1,51 +1,67 @@
-"""Samples -> padded micro-batches for every data-parallel rank, and per-token results back.
+"""Samples -> packed or padded micro-batches for every data-parallel rank, and values of tokens back.
 
-Between the algorithms (which give each `Sample` its advantage) and the optimizer step. Every rank
-gets the same number of micro-batches, because pipeline and expert parallelism need all ranks to
-step together, and about the same number of padded tokens.
+Between the algorithms (which give each `Sample` its advantage) and the optimizer step. What the model reads is a grid
+of rows; what the loss reads is one entry per learned token, by sequence, with the place in the grid that predicts it.
+So the loss is the same code, and the same number, however the sequences share rows, micro-batches and ranks.
 
-Letters: B rows of a micro-batch, T padded length, P prompt length, R response length. All [B, T]
-tensors share one alignment: position t speaks of token t + 1, the one that the logits at t predict.
+Letters: B rows, T tokens of a row, N sequences of the micro-batch, L learned tokens of the sequence that has most,
+D look-ahead depths (multi-token prediction), K mixture layers, k experts of a token.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
+from itertools import pairwise
+from math import lcm
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
+from megatron_r1.data.packing import Rows, cut, pack, round_up, zigzag
 from megatron_r1.types import Sample
 
 LOG_PROB_FIELDS = ("old_log_probs", "reference_log_probs", "rollout_log_probs")
-"""Per-token lists of a `Sample`; each becomes the tensor `<name>_BT`."""
-
-Rows = list[int]
-"""Indices of the samples in one micro-batch, longest first."""
+"""Lists of a `Sample` over its response tokens; each becomes the tensor `<name>_NL`."""
 
 
 @dataclass(kw_only=True, slots=True)
 class MicroBatch:
-    """Padded rows that go through the model together; a filler is one row of padding alone.
+    """Sequences that go through the model together; a filler is one row of padding alone, N = L = 0.
 
-    Example: tokens [5, 6, 7] with P = 1: labels_BT [6, 7, pad], loss_mask_BT [1, 1, 0],
-    positions_BT [0, 1, 2].
+    Example: tokens [5, 6, 7] with P = 1 and [8, 9] with P = 1, packed: tokens_BT [[5, 6, 7, 8, 9]], positions_BT
+    [[0, 1, 2, 0, 1]], bounds [0, 3, 5], where_NL [[0, 1], [3, -1]], targets_NL [[6, 7], [9, 0]].
     """
 
-    tokens_BT: Tensor  # int64; padded on the right with pad_id
-    positions_BT: Tensor  # int64; 0, 1, 2, ... in each row
-    labels_BT: Tensor  # int64; token t + 1, pad_id where there is none
-    loss_mask_BT: Tensor  # float32; 1 where token t + 1 is learned
-    advantages_B: Tensor  # float32; one advantage per completion
-    lengths_B: Tensor  # int64; P + R, 0 in a filler
-    response_lengths_B: Tensor  # int64; R, 0 in a filler
-    sample_indices: list[int]  # of each row in the list that was batched; empty in a filler
-    # float32, each: of token t + 1 where that is a response token, else 0; None: samples have none
-    old_log_probs_BT: Tensor | None = None
-    reference_log_probs_BT: Tensor | None = None
-    rollout_log_probs_BT: Tensor | None = None
+    tokens_BT: Tensor  # int64; pad_id where valid_BT is False
+    positions_BT: Tensor  # int64; 0, 1, 2, ... within each sequence; padding continues its segment's count
+    valid_BT: Tensor  # bool; False at padding
+    # Packed only (B = 1): ends of the row's segments, [0, e1, e2, ..., T]. Padding is the tail of a sequence's segment
+    # or a last segment of its own. Always of the whole row, also in a context slice. None: each row is one sequence.
+    bounds: list[int] | None
+
+    # Entries stand at the left, in the order of the tokens
+    where_NL: Tensor  # int64; b * T + t of the token that predicts the learned one; -1: no entry, or not in this slice
+    targets_NL: Tensor  # int64; the learned token, 0 where there is no entry
+    # int64 [D, N, L]; b * T + t from which depth d + 1 of multi-token prediction predicts the same target: d + 1 tokens
+    # before where_NL in the same sequence; -1: there is none, or not in this slice
+    ahead_DNL: Tensor
+    advantages_N: Tensor  # float32; one advantage a sequence
+    learned_N: Tensor  # int64; learned tokens of the full sequence
+    sample_indices: list[int]  # [N], of each sequence in the list that was batched
+
+    # float32, each: 0 where there is no entry or the token is none of the response; None: the samples have none
+    old_log_probs_NL: Tensor | None = None
+    reference_log_probs_NL: Tensor | None = None
+    rollout_log_probs_NL: Tensor | None = None
+    experts_BTKk: Tensor | None = None  # int16; the experts to replay, -1: not known; None: no sample has any
+
+    @property
+    def mask_NL(self) -> Tensor:
+        """[N, L] bool; True where this micro-batch, or this slice of it, holds a learned token."""
+        return self.where_NL >= 0
 
     @property
     def padded_tokens(self) -> int:
@@ -60,195 +76,229 @@ class MicroBatch:
         }
         return replace(self, **moved)
 
+    def context_slice(self, size: int, rank: int) -> MicroBatch:
+        """What context-parallel rank `rank` of `size` holds; itself when size is 1.
+
+        The model's side is cut along T, zig-zag within each segment (padded: within each row). `where_NL` and
+        `ahead_DNL` become flat positions of the local [B, T / size] grid, -1 where another rank holds the token; the
+        other entries of the loss stay whole.
+
+        Raises:
+            ValueError: a segment that does not divide by 2 * size.
+        """
+        if size == 1:
+            return self
+        length = self.tokens_BT.shape[1]
+        device = self.tokens_BT.device
+        held = torch.from_numpy(zigzag(self.bounds or [0, length], size, rank)).to(device)
+        local_T = torch.full((length,), -1, device=device)
+        local_T[held] = torch.arange(len(held), device=device)
+
+        def localized(flat: Tensor) -> Tensor:
+            local = local_T[flat % length]
+            return torch.where((flat >= 0) & (local >= 0), flat // length * len(held) + local, -1)
+
+        return replace(
+            self,
+            tokens_BT=self.tokens_BT[:, held],
+            positions_BT=self.positions_BT[:, held],
+            valid_BT=self.valid_BT[:, held],
+            where_NL=localized(self.where_NL),
+            ahead_DNL=localized(self.ahead_DNL),
+            experts_BTKk=None if self.experts_BTKk is None else self.experts_BTKk[:, held],
+        )
+
 
 def make_micro_batches(
     samples: Sequence[Sample],
     max_tokens: int,
     pad_id: int,
+    *,
+    packed: bool,
     multiple_of: int = 1,
+    sequence_multiple_of: int = 1,
+    fixed_length: bool = False,
     shards: int = 1,
     count_multiple_of: int = 1,
+    mtp_depths: int = 0,
+    only_shard: int | None = None,
 ) -> list[list[MicroBatch]]:
     """Cut samples into micro-batches and deal them to data-parallel ranks.
 
-    Every sample comes exactly once. All shards get the same number of micro-batches, each list
+    Every sample comes exactly once. All shards get the same number of micro-batches, fillers included, each list
     longest first, so the i-th ones, which run at the same time, are alike in size. Deterministic.
 
     Args:
-        samples: optional log-prob lists must be present in all or in none.
-        max_tokens: most padded tokens B * T of a micro-batch; a longer sample gets one of its own.
-        pad_id: written behind each row.
+        samples: optional log-prob lists must be present in all or in none; routed experts may be present in some.
+        max_tokens: most tokens B * T of a micro-batch, padding included; a longer sample gets one of its own.
+        pad_id: the token of padding.
+        packed: sequences behind one another in one row (B = 1), else one row a sequence.
         multiple_of: T is rounded up to this (what tensor and context parallelism can split).
+        sequence_multiple_of: segments (padded: rows) are rounded up to this: 2 x the context size.
+        fixed_length: T is always max_tokens, rounded up. Packed only.
         shards: data-parallel ranks.
-        count_multiple_of: fillers make the number of micro-batches a multiple of this.
+        count_multiple_of: the number of micro-batches of a shard is a multiple of this.
+        mtp_depths: D of `ahead_DNL`.
+        only_shard: build the tensors of this shard alone; the other lists stay empty.
 
     Returns:
         [shards] lists of micro-batches; all empty where there are no samples.
 
     Raises:
-        ValueError: a sample whose lists do not fit its tokens, or a list present in some samples
-        only.
+        ValueError: a sample whose lists do not fit its tokens, a list present in some samples only, fixed_length with
+        padded rows or with a sample that is longer.
     """
     for index, sample in enumerate(samples):
         _check_sample(sample, index)
-    present = _present_fields(samples)
     lengths = [len(sample.token_ids) for sample in samples]
-    plan = _deal(_cut_evenly(lengths, max_tokens, multiple_of, shards), lengths, multiple_of, shards)
-    count = _round_up(max(map(len, plan)), count_multiple_of)
+    row_multiple = lcm(multiple_of, sequence_multiple_of)
+    least_length = round_up(max_tokens, row_multiple) if fixed_length else row_multiple
+    if fixed_length and not packed:
+        raise ValueError("fixed_length needs packed micro-batches, got packed = False")
+    if fixed_length and max(lengths, default=0) > least_length:
+        raise ValueError(f"a sample of {max(lengths)} tokens does not fit rows of a fixed length of {least_length}")
+    collate = _Collate(
+        pad_id=pad_id,
+        packed=packed,
+        sequence_multiple_of=sequence_multiple_of,
+        row_multiple=row_multiple,
+        least_length=least_length,
+        mtp_depths=mtp_depths,
+        log_prob_fields=_present_fields(samples),
+        experts_shape=_experts_shape(samples),
+    )
+    if packed:
+        plan = pack(
+            lengths,
+            max_tokens,
+            shards,
+            sequence_multiple_of=sequence_multiple_of,
+            multiple_of=multiple_of,
+            count_multiple_of=count_multiple_of,
+        )
+    else:
+        plan = cut(lengths, max_tokens, shards, multiple_of=row_multiple, count_multiple_of=count_multiple_of)
     return [
-        [_collate(rows, samples, present, pad_id, multiple_of) for rows in shard]
-        + [_filler(present, pad_id, multiple_of) for _ in range(count - len(shard))]
-        for shard in plan
+        [collate(rows, samples) for rows in shard] if only_shard in (None, number) else []
+        for number, shard in enumerate(plan)
     ]
 
 
-def unpad(values_BT: Tensor, micro_batch: MicroBatch, samples: Sequence[Sample]) -> dict[int, list[float]]:
-    """Per-token values of a micro-batch back as lists; a filler gives none.
+def unpad(values_NL: Tensor, micro_batch: MicroBatch, samples: Sequence[Sample]) -> dict[int, list[float]]:
+    """Values of learned tokens back as lists that fit `Sample.old_log_probs` and its like; a filler gives none.
 
     Args:
-        values_BT: aligned as the micro-batch's own tensors are.
+        values_NL: aligned with the micro-batch's own entries; under context parallelism summed over the slices.
         samples: the list that was batched.
 
     Returns:
-        Index of the sample -> the [R] values of its response tokens.
+        Index of the sample -> [R] values of its response tokens, rounded to float32; 0 at one that is not learned.
+        Without a loss mask these are exactly the learned tokens.
     """
-    if values_BT.shape != micro_batch.tokens_BT.shape:
+    if values_NL.shape != micro_batch.targets_NL.shape:
         raise ValueError(
-            f"values of shape {tuple(values_BT.shape)} do not fit a micro-batch of {tuple(micro_batch.tokens_BT.shape)}"
+            f"values of shape {tuple(values_NL.shape)} do not fit entries of {tuple(micro_batch.targets_NL.shape)}"
         )
-    rows = values_BT.detach().to("cpu", torch.float32)
-    return {
-        index: rows[row, _response_slice(samples[index])].tolist()
-        for row, index in enumerate(micro_batch.sample_indices)
-    }
+    rows = values_NL.detach().to("cpu", torch.float32).numpy()
+    found = {}
+    for row, index in zip(rows, micro_batch.sample_indices, strict=True):
+        sample = samples[index]
+        learned = _learned(sample)
+        response = np.zeros(len(sample.token_ids), dtype=np.float32)
+        response[learned] = row[: len(learned)]
+        found[index] = response[sample.prompt_length :].tolist()
+    return found
 
 
-def _response_slice(sample: Sample) -> slice:
-    """Positions whose next token is a response token: [P - 1, P + R - 1)."""
-    return slice(sample.prompt_length - 1, len(sample.token_ids) - 1)
+def _learned(sample: Sample) -> np.ndarray:
+    """Places of the learned tokens in the sequence, ascending; never 0, which nothing predicts."""
+    if sample.loss_mask is None:
+        return np.arange(sample.prompt_length, len(sample.token_ids))
+    return np.flatnonzero(sample.loss_mask[1:]) + 1
 
 
-def _cut_evenly(lengths: Sequence[int], max_tokens: int, multiple_of: int, shards: int) -> list[Rows]:
-    """As few as max_tokens allows, rounded up to a multiple of `shards`, as even as they come."""
-    order = sorted(range(len(lengths)), key=lambda i: (-lengths[i], i))
-    fewest = len(_cut(order, lengths, max_tokens, multiple_of))
-    target = -(-fewest // shards) * shards
-    # The smallest budget that still needs no more than `target` makes them all about as large.
-    low, high = multiple_of, max_tokens
-    while low < high:
-        middle = (low + high) // 2
-        if len(_cut(order, lengths, middle, multiple_of)) <= target:
-            high = middle
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Collate:
+    """Rows of a plan -> tensors; holds what all micro-batches of one call share."""
+
+    pad_id: int
+    packed: bool
+    sequence_multiple_of: int
+    row_multiple: int  # T is a multiple of this
+    least_length: int  # T is at least this, a multiple of row_multiple too
+    mtp_depths: int
+    log_prob_fields: list[str]
+    experts_shape: tuple[int, int] | None  # (MoE layers, top-k)
+
+    def __call__(self, rows: Rows, samples: Sequence[Sample]) -> MicroBatch:
+        chosen = [samples[index] for index in rows]
+        sizes = [len(sample.token_ids) for sample in chosen]
+        if self.packed:
+            bounds = [0]
+            for size in sizes:
+                bounds.append(bounds[-1] + round_up(size, self.sequence_multiple_of))
+            starts = bounds[:-1]  # flat position of each sequence's first token
+            count, length = 1, max(self.least_length, round_up(bounds[-1], self.row_multiple))
+            bounds += [length] if length > bounds[-1] else []
+            positions_BT = np.concatenate([np.arange(end - start) for start, end in pairwise(bounds)]).reshape(
+                1, length
+            )
         else:
-            low = middle + 1
-    batches = _cut(order, lengths, high, multiple_of)
-    while batches and len(batches) % shards:
-        largest = max(batches, key=lambda rows: (len(rows) > 1, _cost(rows, lengths, multiple_of)))
-        if len(largest) == 1:
-            break  # only single rows are left: fillers make up the number
-        batches.remove(largest)
-        half = (len(largest) + 1) // 2
-        batches += [largest[:half], largest[half:]]
-    return batches
+            count, length = max(1, len(rows)), round_up(max(sizes, default=1), self.row_multiple)
+            starts = [row * length for row in range(len(rows))]
+            positions_BT = np.tile(np.arange(length), (count, 1))
+        tokens = np.full(count * length, self.pad_id, dtype=np.int64)
+        valid = np.zeros(count * length, dtype=bool)
+        for sample, start, size in zip(chosen, starts, sizes, strict=True):
+            tokens[start : start + size] = sample.token_ids
+            valid[start : start + size] = True
+        return MicroBatch(
+            tokens_BT=torch.from_numpy(tokens.reshape(count, length)),
+            positions_BT=torch.from_numpy(positions_BT),
+            valid_BT=torch.from_numpy(valid.reshape(count, length)),
+            bounds=bounds if self.packed else None,
+            advantages_N=torch.tensor([sample.advantage for sample in chosen], dtype=torch.float32),
+            sample_indices=list(rows),
+            experts_BTKk=self._experts(chosen, starts, (count, length)),
+            **self._entries(chosen, starts),
+        )
 
+    def _entries(self, chosen: Sequence[Sample], starts: Sequence[int]) -> dict[str, Tensor]:
+        """The loss side: one entry per learned token."""
+        learned = [_learned(sample) for sample in chosen]
+        shape = len(chosen), max(map(len, learned), default=0)
+        where = np.full(shape, -1)
+        targets = np.zeros(shape, dtype=np.int64)
+        ahead = np.full((self.mtp_depths, *shape), -1)
+        log_probs = {name: np.zeros(shape, dtype=np.float32) for name in self.log_prob_fields}
+        for n, (sample, start, places) in enumerate(zip(chosen, starts, learned, strict=True)):
+            size = len(places)
+            where[n, :size] = start + places - 1
+            targets[n, :size] = np.asarray(sample.token_ids, dtype=np.int64)[places]
+            for depth in range(self.mtp_depths):
+                first = places - depth - 2  # within the sequence, like `places`
+                ahead[depth, n, :size] = np.where(first >= 0, start + first, -1)
+            inside = np.flatnonzero(places >= sample.prompt_length)
+            for name, values in log_probs.items():
+                response = np.asarray(getattr(sample, name), dtype=np.float32)
+                values[n, inside] = response[places[inside] - sample.prompt_length]
+        return {
+            "where_NL": torch.from_numpy(where),
+            "targets_NL": torch.from_numpy(targets),
+            "ahead_DNL": torch.from_numpy(ahead),
+            "learned_N": torch.tensor([len(places) for places in learned], dtype=torch.int64),
+            **{f"{name}_NL": torch.from_numpy(values) for name, values in log_probs.items()},
+        }
 
-def _cut(order: Sequence[int], lengths: Sequence[int], max_tokens: int, multiple_of: int) -> list[Rows]:
-    """Greedy from the longest on: as many rows as fit at the first one's padded length."""
-    batches: list[Rows] = []
-    start = 0
-    while start < len(order):
-        padded = _round_up(lengths[order[start]], multiple_of)
-        rows = max(1, max_tokens // padded)
-        batches.append(list(order[start : start + rows]))
-        start += rows
-    return batches
-
-
-def _deal(batches: Sequence[Rows], lengths: Sequence[int], multiple_of: int, shards: int) -> list[list[Rows]]:
-    """Largest first to the shard with the fewest tokens so far among those that have room."""
-    room = -(-len(batches) // shards)
-    plan: list[list[Rows]] = [[] for _ in range(shards)]
-    loads = [0] * shards
-    for rows in sorted(batches, key=lambda rows: (-_cost(rows, lengths, multiple_of), rows[0])):
-        shard = min((i for i in range(shards) if len(plan[i]) < room), key=lambda i: (loads[i], i))
-        plan[shard].append(rows)
-        loads[shard] += _cost(rows, lengths, multiple_of)
-    return plan
-
-
-def _cost(rows: Rows, lengths: Sequence[int], multiple_of: int) -> int:
-    """Padded tokens of a micro-batch; its first row is the longest."""
-    return len(rows) * _round_up(lengths[rows[0]], multiple_of)
-
-
-def _round_up(length: int, multiple_of: int) -> int:
-    return -(-length // multiple_of) * multiple_of
-
-
-def _collate(
-    rows: Rows, samples: Sequence[Sample], present: Sequence[str], pad_id: int, multiple_of: int
-) -> MicroBatch:
-    """The tensors of one micro-batch."""
-    chosen = [samples[index] for index in rows]
-    length = _round_up(max(len(sample.token_ids) for sample in chosen), multiple_of)
-    tokens_BT = torch.full((len(rows), length), pad_id, dtype=torch.int64)
-    loss_mask_BT = torch.zeros(len(rows), length)
-    log_probs = {name: torch.zeros(len(rows), length) for name in present}
-    for row, sample in enumerate(chosen):
-        size = len(sample.token_ids)
-        tokens_BT[row, :size] = torch.tensor(sample.token_ids, dtype=torch.int64)
-        if sample.loss_mask is None:
-            loss_mask_BT[row, _response_slice(sample)] = 1.0
-        else:  # the mask of token 0 has no place: nothing predicts it
-            loss_mask_BT[row, : size - 1] = torch.tensor(sample.loss_mask[1:], dtype=torch.float32)
-        for name, values_BT in log_probs.items():
-            values_BT[row, _response_slice(sample)] = torch.tensor(getattr(sample, name), dtype=torch.float32)
-    return _assemble(
-        tokens_BT,
-        loss_mask_BT,
-        pad_id,
-        log_probs,
-        advantages=[sample.advantage for sample in chosen],
-        lengths=[len(sample.token_ids) for sample in chosen],
-        response_lengths=[sample.response_length for sample in chosen],
-        sample_indices=list(rows),
-    )
-
-
-def _filler(present: Sequence[str], pad_id: int, multiple_of: int) -> MicroBatch:
-    """One row of padding, so that a rank without samples steps with the others."""
-    tokens_BT = torch.full((1, multiple_of), pad_id, dtype=torch.int64)
-    nothing_BT = torch.zeros(1, multiple_of)
-    log_probs = {name: nothing_BT.clone() for name in present}
-    return _assemble(tokens_BT, nothing_BT, pad_id, log_probs, [0.0], [0], [0], [])
-
-
-def _assemble(
-    tokens_BT: Tensor,
-    loss_mask_BT: Tensor,
-    pad_id: int,
-    log_probs: dict[str, Tensor],
-    advantages: list[float],
-    lengths: list[int],
-    response_lengths: list[int],
-    sample_indices: list[int],
-) -> MicroBatch:
-    """Adds what follows from the tokens: positions and labels."""
-    labels_BT = torch.full_like(tokens_BT, pad_id)
-    labels_BT[:, :-1] = tokens_BT[:, 1:]
-    return MicroBatch(
-        tokens_BT=tokens_BT,
-        positions_BT=torch.arange(tokens_BT.shape[1]).expand_as(tokens_BT).contiguous(),
-        labels_BT=labels_BT,
-        loss_mask_BT=loss_mask_BT,
-        advantages_B=torch.tensor(advantages, dtype=torch.float32),
-        lengths_B=torch.tensor(lengths, dtype=torch.int64),
-        response_lengths_B=torch.tensor(response_lengths, dtype=torch.int64),
-        sample_indices=sample_indices,
-        old_log_probs_BT=log_probs.get("old_log_probs"),
-        reference_log_probs_BT=log_probs.get("reference_log_probs"),
-        rollout_log_probs_BT=log_probs.get("rollout_log_probs"),
-    )
+    def _experts(self, chosen: Sequence[Sample], starts: Sequence[int], shape: tuple[int, int]) -> Tensor | None:
+        """[B, T, K, k] int16, -1 where no choice is known."""
+        if self.experts_shape is None:
+            return None
+        experts = np.full((shape[0] * shape[1], *self.experts_shape), -1, dtype=np.int16)
+        for sample, start in zip(chosen, starts, strict=True):
+            if sample.routed_experts is not None:
+                experts[start : start + len(sample.token_ids)] = sample.routed_experts
+        return torch.from_numpy(experts.reshape(*shape, *self.experts_shape))
 
 
 def _present_fields(samples: Sequence[Sample]) -> list[str]:
@@ -261,6 +311,14 @@ def _present_fields(samples: Sequence[Sample]) -> list[str]:
         if have:
             present.append(name)
     return present
+
+
+def _experts_shape(samples: Sequence[Sample]) -> tuple[int, int] | None:
+    """(MoE layers, top-k) of the routed experts; None where no sample has any."""
+    shapes = {sample.routed_experts.shape[1:] for sample in samples if sample.routed_experts is not None}
+    if len(shapes) > 1:
+        raise ValueError(f"routed_experts have different layers or top-k: {sorted(shapes)}")
+    return shapes.pop() if shapes else None
 
 
 def _check_sample(sample: Sample, index: int) -> None:
@@ -276,3 +334,6 @@ def _check_sample(sample: Sample, index: int) -> None:
             raise ValueError(
                 f"sample {index}: {name} has {len(values)} entries for {sample.response_length} response tokens"
             )
+    experts = sample.routed_experts
+    if experts is not None and (experts.ndim != 3 or len(experts) != size):
+        raise ValueError(f"sample {index}: routed_experts of shape {experts.shape} for {size} tokens")

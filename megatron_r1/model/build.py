@@ -11,6 +11,8 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megatron_r1.config.errors import UserError
 from megatron_r1.config.model import ModelConfig
+from megatron_r1.model import kernels
+from megatron_r1.model.fp8 import emulate
 from megatron_r1.model.gpt import PolicyModel
 from megatron_r1.model.megatron_config import transformer_config
 from megatron_r1.model.presets import Architecture
@@ -20,30 +22,34 @@ from megatron_r1.parallel.world import World
 logger = logging.getLogger(__name__)
 
 
-def build_model(
-    arch: Architecture, model: ModelConfig, world: World, *, mtp_loss: float = 0.1
-) -> list[torch.nn.Module]:
+def build_model(arch: Architecture, model: ModelConfig, world: World) -> list[torch.nn.Module]:
     """This rank's model chunks, one per virtual pipeline stage, with freshly drawn weights. Collective.
 
-    Raises UserError for a DeepSeek-V3 model on a GPU without Transformer Engine.
+    Raises UserError for a DeepSeek-V3 model on a GPU without Transformer Engine, and for a precision that this device
+    does not have.
 
     A chunk is a PolicyModel, inside Megatron's Float16Module where parameters are bf16 (see `unwrap`).
 
     The weights drawn depend on the layout; start from a checkpoint to compare layouts.
     """
     on_cpu = world.device.type == "cpu"
+    kernels.require_fp8(model)
     if not on_cpu and arch["model_type"] == "deepseek_v3" and not transformer_engine_available():
         raise UserError(
             "a DeepSeek-V3 model on a GPU needs Transformer Engine, which is not installed: "
             "pip install 'megatron-r1[gpu]'. Without it Megatron-Core 0.16.1 cannot build multi-latent attention there"
         )
-    config = transformer_config(arch, model, world.layout, on_cpu=on_cpu, mtp_loss=mtp_loss)
+    config = transformer_config(arch, model, world.layout, on_cpu=on_cpu)
     stages = world.layout.virtual_pipeline
     chunks = [_chunk(arch, config, stage if stages > 1 else None, world) for stage in range(stages)]
     if world.rank == 0:
         backend = "Transformer Engine" if transformer_engine_available() else "local (torch)"
         count = sum(p.numel() for chunk in chunks for p in chunk.parameters())
         logger.info("layer spec: %s; %s parameters on rank 0", backend, f"{count:,}")
+        logger.info("kernels: %s; precision %s", kernels.available(on_cpu=on_cpu).describe(), model.precision)
+    if model.precision == "fp8-emulated":
+        for chunk in chunks:
+            emulate(chunk, config, model.fp8_scales)
     if not on_cpu:
         chunks = [chunk.to(world.device) for chunk in chunks]
     if config.bf16:

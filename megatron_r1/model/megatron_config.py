@@ -6,6 +6,8 @@ report (arXiv 2412.19437). Whatever Megatron would get silently wrong is refused
 
 from __future__ import annotations
 
+import dataclasses
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -14,14 +16,14 @@ from megatron.core.transformer.transformer_config import MLATransformerConfig, T
 
 from megatron_r1.config.errors import UserError
 from megatron_r1.config.model import ModelConfig, ParallelConfig
-from megatron_r1.model.megatron_fields import check_pass_through
+from megatron_r1.model import kernels
+from megatron_r1.model.megatron_fields import DTYPE_NAMES, check_pass_through
+from megatron_r1.model.precision import bf16_parameters, transformer_engine_installed
 from megatron_r1.model.presets import Architecture
-
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
 def transformer_config(
-    arch: Architecture, model: ModelConfig, layout: ParallelConfig, *, on_cpu: bool, mtp_loss: float = 0.1
+    arch: Architecture, model: ModelConfig, layout: ParallelConfig, *, on_cpu: bool
 ) -> TransformerConfig:
     """Megatron's configuration of this architecture under this layout.
 
@@ -29,20 +31,30 @@ def transformer_config(
     a silently wrong result.
     """
     family = _deepseek_v3(arch) if arch["model_type"] == "deepseek_v3" else _dense(arch)
-    fields = {**_common(arch), **family, **_parallel(model, layout)}
+    fields = {**_common(arch), **family, **_parallel(model, layout), **_recompute(model)}
     if not on_cpu:
         fields.update(_kernels(arch))
     layers = arch.get("num_nextn_predict_layers") or 0
     if layers and model.mtp is not False:
-        fields.update(mtp_num_layers=layers, mtp_loss_scaling_factor=mtp_loss)
+        fields.update(mtp_num_layers=layers)
     cls = MLATransformerConfig if fields.get("multi_latent_attention") else TransformerConfig
     check_pass_through(model.megatron, latent_attention=cls is MLATransformerConfig)
-    fields.update(model.megatron)
+    fields.update(resolve_dtypes(model.megatron, cls))
+    _refuse_recompute(fields, on_cpu)
     _refuse_silent_traps(arch, fields)
     try:
         return cls(**fields)
     except (AssertionError, TypeError, ValueError) as error:
         raise UserError(f"Megatron-Core refuses this model and layout: {error}") from error
+
+
+def resolve_dtypes(fields: Mapping[str, Any], cls: type) -> dict[str, Any]:
+    """The fields with the dtype names of TOML ("bf16") as torch dtypes, where dataclass `cls` declares a dtype."""
+    dtypes = {field.name for field in dataclasses.fields(cls) if "torch.dtype" in str(field.type)}
+    return {
+        key: getattr(torch, DTYPE_NAMES[value]) if key in dtypes and isinstance(value, str) else value
+        for key, value in fields.items()
+    }
 
 
 def _common(arch: Architecture) -> dict[str, Any]:
@@ -121,7 +133,8 @@ def _rope(arch: Architecture) -> dict[str, Any]:
 
 
 def _parallel(model: ModelConfig, layout: ParallelConfig) -> dict[str, Any]:
-    dtype = DTYPES[model.precision]
+    bf16 = bf16_parameters(model.precision)
+    dtype = torch.bfloat16 if bf16 else torch.float32
     fields: dict[str, Any] = dict(
         tensor_model_parallel_size=layout.tensor,
         pipeline_model_parallel_size=layout.pipeline,
@@ -130,17 +143,21 @@ def _parallel(model: ModelConfig, layout: ParallelConfig) -> dict[str, Any]:
         expert_tensor_parallel_size=layout.etp,
         # Megatron refuses TP with experts in training unless sequences are sharded too, and MLA's replicated
         # down-projections get the right gradient only that way.
-        sequence_parallel=layout.tensor > 1,
+        sequence_parallel=layout.shards_sequence,
         params_dtype=dtype,
         pipeline_dtype=dtype,
-        bf16=model.precision == "bf16",
+        bf16=bf16,
         # Experts drawn from the default CPU generator would be identical on every expert-parallel rank.
         use_cpu_initialization=False,
         # Gradients are divided by a count of tokens over the whole batch, so that every layout agrees.
         calculate_per_token_loss=True,
-        variable_seq_lengths=True,
-        moe_token_dispatcher_type="alltoall",  # the default, allgather, refuses variable lengths even without experts
+        # With allgather every row has the same length (`train/micro_batches.py`), with the others lengths vary.
+        variable_seq_lengths=layout.dispatcher != "allgather",
+        moe_token_dispatcher_type=layout.dispatcher,
     )
+    if model.precision == "fp8-blockwise":
+        # Parameters stay bf16; Transformer Engine quantises inputs, weights and gradients at each product.
+        fields.update(fp8="e4m3", fp8_recipe="blockwise")
     if layout.virtual_pipeline > 1:
         # With two stages, batched p2p swaps the interleaved schedule's messages and trains wrongly without an error.
         fields.update(
@@ -151,12 +168,47 @@ def _parallel(model: ModelConfig, layout: ParallelConfig) -> dict[str, Any]:
     return fields
 
 
+def _recompute(model: ModelConfig) -> dict[str, Any]:
+    if model.recompute == "selective":
+        return dict(recompute_granularity="selective", recompute_modules=list(model.recompute_modules))
+    if model.recompute == "full":
+        return dict(
+            recompute_granularity="full",
+            recompute_method=model.recompute_method,
+            recompute_num_layers=model.recompute_layers or 1,
+        )
+    return {}
+
+
 def _kernels(arch: Architecture) -> dict[str, Any]:
     """Fused kernels that exist on GPUs only (Transformer Engine's grouped GEMM among them)."""
-    fused: dict[str, Any] = dict(bias_activation_fusion=True, masked_softmax_fusion=True)
+    fused: dict[str, Any] = dict(
+        bias_activation_fusion=True,
+        masked_softmax_fusion=True,
+        # Megatron's own column-parallel layer (the output head) takes this from Apex alone, and raises without it.
+        gradient_accumulation_fusion=kernels.available(on_cpu=False).fused_wgrad,
+    )
     if arch["model_type"] == "deepseek_v3":
         fused.update(moe_grouped_gemm=True, moe_permute_fusion=True)
     return fused
+
+
+def _refuse_recompute(fields: Mapping[str, Any], on_cpu: bool) -> None:
+    """What Megatron-Core 0.16.1 recomputes only through Transformer Engine: without it, it fails in the first step."""
+    if fields.get("recompute_granularity") != "selective" or (not on_cpu and transformer_engine_installed()):
+        return
+    instead = {
+        "layernorm": "norms cannot be recomputed alone",
+        "moe_act": "the activation of the experts is recomputed only with its grouped GEMM",
+    }
+    for module in fields.get("recompute_modules") or ():
+        if module in instead:
+            place = "on a CPU" if on_cpu else "without Transformer Engine (pip install 'megatron-r1[gpu]')"
+            raise UserError(
+                f'model.recompute_modules: "{module}" does not work {place} in Megatron-Core 0.16.1 '
+                f'({instead[module]}); use "mlp", "moe", "shared_experts", "mla_up_proj" or "core_attn", '
+                'or recompute = "full"'
+            )
 
 
 def _refuse_silent_traps(arch: Architecture, fields: dict[str, Any]) -> None:
@@ -173,11 +225,6 @@ def _refuse_silent_traps(arch: Architecture, fields: dict[str, Any]) -> None:
             "[model.megatron] moe_router_load_balancing_type = seq_aux_loss: Megatron-Core 0.16.1 scales it wrongly "
             "with per-token loss under tensor or context parallelism, silently; use 'none' with the expert bias "
             "(DeepSeek-V3's own aux-loss-free balance)"
-        )
-    if fields.get("moe_token_dispatcher_type", "alltoall") == "allgather":
-        raise UserError(
-            "[model.megatron] moe_token_dispatcher_type = allgather needs micro-batches of equal length on all ranks, "
-            "which reinforcement learning does not have; use alltoall (or flex on GPUs)"
         )
     if arch["model_type"] == "deepseek_v3" and arch.get("norm_topk_prob") is False:
         raise UserError("norm_topk_prob = false: Megatron-Core always normalises sigmoid routing weights")

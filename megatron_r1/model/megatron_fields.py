@@ -1,7 +1,9 @@
-"""The `[model.megatron]` table against the fields of Megatron's configuration, before any process starts.
+"""`[model.megatron]` and `[stage.optimizer.megatron]` against the fields of Megatron's configurations, before any
+process starts.
 
 Megatron is not imported (it would load torch, seconds of it): its dataclasses are read from the installed source.
-`model/megatron_config.py` makes the configuration itself, and what only Megatron can judge fails there.
+`model/megatron_config.py` and `train/optimizer.py` make the configurations, and what only Megatron can judge fails
+there.
 """
 
 from __future__ import annotations
@@ -9,12 +11,13 @@ from __future__ import annotations
 import ast
 import difflib
 import importlib.util
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 from megatron_r1.config.errors import UserError
+from megatron_r1.model.precision import transformer_engine_installed
 
 # Fields that this project sets from the layout, the loss or the schedule: passing them through could only break it.
 RESERVED = frozenset(
@@ -30,8 +33,12 @@ RESERVED = frozenset(
         "params_dtype",
         "bf16",
         "fp16",
+        "fp8",
+        "fp8_recipe",
+        "fp8_param",
         "calculate_per_token_loss",
         "variable_seq_lengths",
+        "moe_token_dispatcher_type",
         "batch_p2p_comm",
         "overlap_p2p_comm",
         "use_cpu_initialization",
@@ -78,7 +85,29 @@ ARCHITECTURE = frozenset(
         "mtp_num_layers",
     )
 )
-_SOURCES = ("model_parallel_config.py", "transformer/transformer_config.py")
+# Fields of Megatron's OptimizerConfig that follow from a key of ours.
+OPTIMIZER_KEYS = {
+    "lr": "stage.optimizer.lr",
+    "min_lr": "stage.optimizer.min_lr",
+    "weight_decay": "stage.optimizer.weight_decay",
+    "adam_beta1": "stage.optimizer.beta1",
+    "adam_beta2": "stage.optimizer.beta2",
+    "adam_eps": "stage.optimizer.eps",
+    "clip_grad": "stage.optimizer.clip_grad",
+    "bf16": "model.precision",
+    "fp16": "model.precision",
+    "fp8_recipe": "model.precision",
+    "params_dtype": "model.precision",
+    "reuse_grad_buf_for_mxfp8_param_ag": "model.precision",
+    "use_distributed_optimizer": "parallel.distributed_optimizer",
+}
+# Fields that need a counterpart elsewhere in Megatron, or another optimizer than Adam, whose checkpoints differ.
+OPTIMIZER_REFUSED = (
+    *("optimizer", "overlap_param_gather", "overlap_param_gather_with_optimizer_step", "timers", "config_logger_dir"),
+)
+# TOML has no dtypes: their names, and torch's. fp8 moments are kept in bytes.
+DTYPE_NAMES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16", "fp8": "uint8"}
+_SOURCES = ("model_parallel_config.py", "transformer/transformer_config.py", "optimizer/optimizer_config.py")
 _DENSE = ("ModelParallelConfig", "TransformerConfig")
 _SCALARS: dict[str, tuple[type, ...]] = {"bool": (bool,), "int": (int,), "float": (float, int), "str": (str,)}
 
@@ -96,8 +125,7 @@ def check_pass_through(fields: Mapping[str, Any], *, latent_attention: bool) -> 
     if not fields:
         return
     classes = (*_DENSE, "MLATransformerConfig") if latent_attention else _DENSE
-    known = {name: annotation for cls in classes for name, annotation in _annotations().get(cls, {}).items()}
-    for key, value in fields.items():
+    for key in fields:
         if key in RESERVED:
             raise UserError(
                 f"[model.megatron] {key}: this field follows from [model], [parallel] and the loss; set it there"
@@ -107,12 +135,49 @@ def check_pass_through(fields: Mapping[str, Any], *, latent_attention: bool) -> 
                 f"[model.megatron] {key}: this field follows from the architecture; change it with model.override, "
                 "under its name in config.json (model.mtp for the multi-token-prediction layers)"
             )
+    _check("[model.megatron]", fields, classes)
+
+
+def check_optimizer_fields(fields: Mapping[str, Any], stage: str) -> None:
+    """Refuse what Megatron's OptimizerConfig does not have, has with another type, or gets from a key of ours.
+
+    Args:
+        fields: the `[stage.optimizer.megatron]` table.
+        stage: the name of the stage, for the message.
+
+    Raises:
+        UserError: naming the field, what was given, and where to set it instead or what is allowed.
+    """
+    table = f"stage.{stage}.optimizer.megatron:"
+    for key in fields:
+        if key in OPTIMIZER_KEYS:
+            raise UserError(f"{table} {key} follows from {OPTIMIZER_KEYS[key]}; set it there")
+        if key in OPTIMIZER_REFUSED:
+            raise UserError(f"{table} {key} is not free: this project's optimizer is Adam on its own schedule")
+    _check(table, fields, ("OptimizerConfig",))
+    if fields.get("use_precision_aware_optimizer") and not transformer_engine_installed():
+        raise UserError(
+            f"{table} use_precision_aware_optimizer needs Transformer Engine's Adam, which is not installed: "
+            "pip install 'megatron-r1[gpu]', or leave it out (moments and master weights are then fp32)"
+        )
+    if fields.get("optimizer_cpu_offload") and not fields.get("optimizer_offload_fraction"):
+        raise UserError(
+            f"{table} optimizer_cpu_offload without optimizer_offload_fraction offloads nothing (Megatron's default "
+            "is 0.0); set optimizer_offload_fraction = 1.0, or the share that should live on the CPU"
+        )
+
+
+def _check(table: str, fields: Mapping[str, Any], classes: Sequence[str]) -> None:
+    known = {name: annotation for cls in classes for name, annotation in _annotations().get(cls, {}).items()}
+    for key, value in fields.items():
         if known and key not in known:
             close = difflib.get_close_matches(key, known, n=3)
             hint = f"; did you mean {' or '.join(close)}?" if close else ""
-            raise UserError(f"[model.megatron] {key}: Megatron's {classes[-1]} has no such field{hint}")
+            raise UserError(f"{table} {key}: Megatron's {classes[-1]} has no such field{hint}")
         if known and not _fits(value, known[key]):
-            raise UserError(f"[model.megatron] {key}: got {value!r}; Megatron declares it as {ast.unparse(known[key])}")
+            declared = ast.unparse(known[key])
+            allowed = f" ({', '.join(map(repr, DTYPE_NAMES))})" if "torch.dtype" in declared else ""
+            raise UserError(f"{table} {key}: got {value!r}; Megatron declares it as {declared}{allowed}")
 
 
 @cache
@@ -136,7 +201,7 @@ def _fields(node: ast.ClassDef) -> Iterator[tuple[str, ast.expr]]:
 
 
 def _fits(value: Any, annotation: ast.expr) -> bool:
-    """Whether a TOML value fits: only scalars and Literals are judged, any other annotation takes everything."""
+    """Whether a TOML value fits: only scalars, dtypes and Literals are judged, other annotations take everything."""
     if isinstance(annotation, ast.Subscript) and isinstance(annotation.value, ast.Name):
         outer, inner = annotation.value.id, annotation.slice
         if outer == "Optional":
@@ -148,6 +213,8 @@ def _fits(value: Any, annotation: ast.expr) -> bool:
         return True
     if isinstance(annotation, ast.Name) and annotation.id in _SCALARS:
         return isinstance(value, _SCALARS[annotation.id]) and (annotation.id == "bool") == isinstance(value, bool)
+    if isinstance(annotation, ast.Attribute) and ast.unparse(annotation) == "torch.dtype":
+        return value in DTYPE_NAMES
     return True
 
 

@@ -1,20 +1,36 @@
-"""The KL reference: an older copy of the policy, kept in host memory and swapped in for its log-prob pass."""
+"""The KL reference: an older copy of the policy, swapped in for its log-prob pass."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from typing import Literal
 
 import torch
 
 
 class Reference:
-    """A copy of the models' parameters and persistent buffers (the expert bias among them)."""
+    """A copy of the models' parameters and persistent buffers (the expert bias among them).
 
-    def __init__(self, models: Sequence[torch.nn.Module], step: int) -> None:
-        self.models = models
-        self.weights = [tensor.detach().to("cpu", copy=True) for tensor in self._tensors()]
+    memory "host": the copy waits in host memory; during its pass it is the policy's weights that wait there, so that
+    the device never holds both. memory "device": a second copy on the device, and nothing is moved.
+    """
+
+    def __init__(
+        self, models: Sequence[torch.nn.Module], step: int, memory: Literal["host", "device"] = "host"
+    ) -> None:
+        self.models, self.memory = models, memory
+        self.weights = [self._copy(tensor) for tensor in self._tensors()]
         self.step = step  # optimizer step at which the copy was taken
+
+    @property
+    def bytes(self) -> int:
+        """Memory of the copy on this rank."""
+        return sum(tensor.numel() * tensor.element_size() for tensor in self.weights)
+
+    def _copy(self, tensor: torch.Tensor) -> torch.Tensor:
+        device = tensor.device if self.memory == "device" else torch.device("cpu")
+        return tensor.detach().to(device, copy=True)
 
     def _tensors(self) -> list[torch.Tensor]:
         return [tensor for model in self.models for tensor in _named_tensors(model).values()]
@@ -41,17 +57,24 @@ class Reference:
     @contextmanager
     def swapped_in(self) -> Iterator[None]:
         """Inside the block the models hold the reference weights; afterwards their own, to the bit."""
+        tensors, own = self._tensors(), []
         with torch.no_grad():
-            tensors = self._tensors()
-            policy = [tensor.clone() for tensor in tensors]
             for tensor, kept in zip(tensors, self.weights, strict=True):
-                tensor.copy_(kept)
+                if self.memory == "device":
+                    own.append(tensor.data)
+                    tensor.data = kept
+                else:  # one tensor after the other: the device never holds a second copy
+                    own.append(tensor.to("cpu", copy=True))
+                    tensor.copy_(kept)
         try:
             yield
         finally:
             with torch.no_grad():
-                for tensor, own in zip(tensors, policy, strict=True):
-                    tensor.copy_(own)
+                for tensor, mine in zip(tensors, own, strict=True):
+                    if self.memory == "device":
+                        tensor.data = mine
+                    else:
+                        tensor.copy_(mine)
 
 
 def _named_tensors(model: torch.nn.Module) -> dict[str, torch.Tensor]:

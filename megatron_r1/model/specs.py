@@ -3,8 +3,8 @@
 The three modules plug into Megatron's ModuleSpec, its supported extension point:
 
 * `TorchRMSNorm`: the stock torch norm refuses sequence parallelism; this one marks its weight instead.
-* `TorchCoreAttention`: the stock core attention has neither distinct key and value widths (MLA) nor packed
-  sequences nor context parallelism; this one has them, on torch's scaled_dot_product_attention.
+* `TorchCoreAttention` (`model/attention.py`): the stock core attention has neither distinct key and value widths
+  (MLA) nor packed sequences nor context parallelism; this one has them.
 * `ReplicatedMLASelfAttention`: with column-parallel down-projections the gradient of the shared rope key is never
   summed over tensor-parallel ranks (Megatron-LM issue 1699); replicated ones, as in the TE spec, are right.
 """
@@ -12,24 +12,20 @@ The three modules plug into Megatron's ModuleSpec, its supported extension point
 from __future__ import annotations
 
 import importlib.util
-import math
-from itertools import pairwise
+from collections.abc import Callable
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from megatron.core import tensor_parallel
 from megatron.core.models.gpt import gpt_layer_specs as stock
 from megatron.core.transformer.identity_op import IdentityOp
-from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.multi_latent_attention import MLASelfAttention
+from megatron.core.transformer.multi_token_prediction import MultiTokenPredictionLayer
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 from megatron.core.transformer.transformer_config import TransformerConfig
 
-from megatron_r1.parallel.context import zigzag_positions
-
-# Shapes: S query tokens, K key tokens, B rows, N heads, D head width.
+from megatron_r1.model.attention import TorchCoreAttention
 
 
 class TorchRMSNorm(torch.nn.RMSNorm):
@@ -38,89 +34,6 @@ class TorchRMSNorm(torch.nn.RMSNorm):
     def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-5, **_: Any) -> None:
         super().__init__(hidden_size, eps=eps, dtype=config.params_dtype)
         self.weight.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
-
-
-class TorchCoreAttention(MegatronModule):
-    """Causal attention: grouped queries, key width != value width, packed (thd) rows, context parallelism, decode.
-
-    Context parallelism gathers keys and values over the group (zig-zag order) and masks by position. With packed
-    rows each sequence attends to itself only. When there are fewer queries than keys, the queries are the last ones
-    (decoding with a KV cache).
-    """
-
-    def __init__(
-        self,
-        config: TransformerConfig,
-        layer_number: int,
-        attn_mask_type: Any,
-        attention_type: str,
-        attention_dropout: float | None = None,
-        softmax_scale: float | None = None,
-        k_channels: int | None = None,
-        v_channels: int | None = None,
-        cp_comm_type: str | None = None,
-        pg_collection: Any = None,
-        **_: Any,
-    ) -> None:
-        super().__init__(config=config)
-        self.context_group: Any = getattr(pg_collection, "cp", None)
-        self.context_size = self.context_group.size() if self.context_group is not None else 1
-        self.scale = softmax_scale or 1.0 / math.sqrt(k_channels or config.kv_channels)
-
-    def forward(
-        self,
-        query_SBND: torch.Tensor,
-        key_KBND: torch.Tensor,
-        value_KBND: torch.Tensor,
-        attention_mask: torch.Tensor | None = None,
-        attn_mask_type: Any = None,
-        attention_bias: torch.Tensor | None = None,
-        packed_seq_params: Any = None,
-    ) -> torch.Tensor:
-        """Returns [S, B, N * D_value]; with packed_seq_params inputs are [T, N, D] and the output [T, N * D_value]."""
-        if packed_seq_params is not None:
-            return self._packed(query_SBND, key_KBND, value_KBND, packed_seq_params.cu_seqlens_q.tolist())
-        if self.context_size > 1:
-            return self._context_parallel(query_SBND, key_KBND, value_KBND)
-        queries, keys = query_SBND.shape[0], key_KBND.shape[0]
-        mask = None
-        if 1 < queries < keys:
-            mask = torch.ones(queries, keys, dtype=torch.bool, device=query_SBND.device).tril(keys - queries)
-        return self._attend(query_SBND, key_KBND, value_KBND, causal=queries == keys, mask=mask)
-
-    def _packed(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, bounds: list[int]) -> torch.Tensor:
-        if self.context_size > 1:
-            raise ValueError("packed sequences together with context parallelism need Transformer Engine")
-        parts = [
-            self._attend(query[a:b, None], key[a:b, None], value[a:b, None], causal=True)[:, 0]
-            for a, b in pairwise(bounds)
-        ]
-        return torch.cat(parts)
-
-    def _context_parallel(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
-        key, value = (
-            tensor_parallel.gather_from_sequence_parallel_region(x.contiguous(), True, group=self.context_group)
-            for x in (key, value)
-        )
-        size, rank = self.context_size, self.context_group.rank()
-        held = torch.cat([zigzag_positions(key.shape[0], size, r) for r in range(size)]).to(key.device)
-        mine = zigzag_positions(key.shape[0], size, rank).to(key.device)
-        return self._attend(query, key, value, mask=held[None, :] <= mine[:, None])
-
-    def _attend(
-        self,
-        query_SBND: torch.Tensor,
-        key_KBND: torch.Tensor,
-        value_KBND: torch.Tensor,
-        causal: bool = False,
-        mask: torch.Tensor | None = None,
-    ) -> torch.Tensor:
-        q, k, v = (x.permute(1, 2, 0, 3) for x in (query_SBND, key_KBND, value_KBND))
-        grouped = q.shape[1] != k.shape[1]
-        out_BNSD = F.scaled_dot_product_attention(
-            q, k, v, attn_mask=mask, is_causal=causal, scale=self.scale, enable_gqa=grouped
-        )
-        return out_BNSD.permute(2, 0, 1, 3).reshape(q.shape[2], q.shape[0], -1)
 
 
 class ReplicatedLinear(torch.nn.Linear):
@@ -147,6 +60,22 @@ class ReplicatedMLASelfAttention(MLASelfAttention):
             self.linear_q_down_proj = ReplicatedLinear(config.hidden_size, config.q_lora_rank, config)
         width = config.kv_lora_rank + config.qk_pos_emb_head_dim
         self.linear_kv_down_proj = ReplicatedLinear(config.hidden_size, width, config)
+
+
+class PackedMTPLayer(MultiTokenPredictionLayer):
+    """A multi-token-prediction layer that can be recomputed with packed rows.
+
+    Megatron-Core 0.16.1 hands the rows' bounds to the checkpoint as if they were a tensor to save, and fails.
+    """
+
+    def _checkpointed_forward(self, forward_func: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        packed = kwargs.pop("packed_seq_params", None)
+        names = list(kwargs)
+
+        def forward(*values: Any) -> Any:
+            return forward_func(**dict(zip(names, values, strict=True)), packed_seq_params=packed)
+
+        return super()._checkpointed_forward(forward, *args, *kwargs.values())
 
 
 def transformer_engine_available() -> bool:
@@ -176,12 +105,15 @@ def mtp_spec(config: TransformerConfig, vp_stage: int | None) -> Any:
     if transformer_engine_available():
         layers = stock.get_gpt_decoder_layer_specs(config, use_transformer_engine=True)
         last = TransformerBlockSubmodules(layer_specs=layers[-1:], layer_norm=None)
-        return stock.get_gpt_mtp_block_spec(config, last, use_transformer_engine=True, vp_stage=vp_stage)
-    layers = stock.get_gpt_decoder_layer_specs(config, use_transformer_engine=False, normalization="RMSNorm")
-    last = _with_our_modules(TransformerBlockSubmodules(layer_specs=layers[-1:], layer_norm=TorchRMSNorm))
-    spec = stock.get_gpt_mtp_block_spec(config, last, use_transformer_engine=False, vp_stage=vp_stage)
+        spec = stock.get_gpt_mtp_block_spec(config, last, use_transformer_engine=True, vp_stage=vp_stage)
+    else:
+        layers = stock.get_gpt_decoder_layer_specs(config, use_transformer_engine=False, normalization="RMSNorm")
+        last = _with_our_modules(TransformerBlockSubmodules(layer_specs=layers[-1:], layer_norm=TorchRMSNorm))
+        spec = stock.get_gpt_mtp_block_spec(config, last, use_transformer_engine=False, vp_stage=vp_stage)
+        for layer in spec.layer_specs if spec is not None else []:
+            layer.submodules.enorm = layer.submodules.hnorm = layer.submodules.layer_norm = TorchRMSNorm
     for layer in spec.layer_specs if spec is not None else []:
-        layer.submodules.enorm = layer.submodules.hnorm = layer.submodules.layer_norm = TorchRMSNorm
+        layer.module = PackedMTPLayer
     return spec
 
 

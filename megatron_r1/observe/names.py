@@ -1,8 +1,9 @@
 """Every metric a run may write, with its unit and meaning: the one list that writers, progress,
 report and docs use.
 
-A name is `group/what`. `MetricsWriter` refuses a name that is not here, so a typing mistake cannot
-split a curve in two. Means are over the whole rollout phase or global batch, never over one rank.
+A name is `group/what`, or `group/what/layer_N` for those in PER_LAYER. `MetricsWriter` refuses a
+name that is not here, so a typing mistake cannot split a curve in two. Means are over the whole
+rollout phase or global batch, never over one rank.
 """
 
 from __future__ import annotations
@@ -55,12 +56,28 @@ METRICS: dict[str, Metric] = {
     "policy/dual_clip": Metric("share", "tokens whose loss the dual clip bounds"),
     "policy/engine_gap": Metric("nats", "mean |log-prob of the trainer - log-prob of the sampling engine|"),
     "policy/engine_k3": Metric("nats", "KL(sampling engine || trainer) a token, by the k3 estimator"),
+    "policy/engine_ratio_max": Metric("ratio", "largest factor between a token's two probabilities, either way round"),
+    "policy/engine_ess": Metric("share", "effective sample size of w = trainer / sampling engine, of the tokens"),
+    "policy/engine_outliers": Metric("share", "tokens with w above 2 or below 1/2"),
+    "policy/correction_weight": Metric("ratio", "mean weight of a token's policy-gradient term"),
+    "policy/correction_masked": Metric("share", "tokens whose weight is 0, for whatever reason"),
+    "policy/correction_vetoed": Metric("share", "responses left out whole: veto, off-policy mask, mismatch limit"),
+    "policy/old_pass": Metric("share", "samples of the phase that needed a pass for their old log-probs"),
     # losses
     "loss/total": Metric("1", "the loss that was differentiated"),
     "loss/lm": Metric("nats", "next-token cross-entropy"),
+    "loss/mtp": Metric("nats", "cross-entropy of the multi-token-prediction layers, mean over depths"),
     # optimizer
     "optim/grad_norm": Metric("1", "global L2 norm of the gradient before clipping"),
     "optim/lr": Metric("1", "learning rate"),
+    # mixture-of-experts layers: training forwards of the step, padding not counted
+    "moe/max_violation": Metric("1", "largest load of an expert / mean load - 1, of the worst layer (MaxVio)"),
+    "moe/max_violation_mean": Metric("1", "the same, mean over layers"),
+    "moe/load_min": Metric("ratio", "smallest load of an expert / mean load, of the worst layer; 0: an idle expert"),
+    "moe/entropy": Metric("nats", "mean entropy of the gate scores normalised over all experts; log E: even"),
+    "moe/dropped": Metric("share", "assignments to experts dropped for lack of capacity"),
+    "moe/replay_coverage": Metric("share", "assignments replayed, of those that replay was asked for"),
+    "moe/replay_agreement": Metric("share", "replayed assignments that the router would have chosen itself"),
     "data/held_out_skips": Metric("count", "prompts or documents skipped so far because they are held out"),
     # speed
     "train/tokens": Metric("tokens", "tokens of the global batch, padding not counted"),
@@ -68,7 +85,9 @@ METRICS: dict[str, Metric] = {
     "time/step": Metric("s", "wall time of the optimizer step, everything included"),
     "time/rollout": Metric("s", "wall time of sampling"),
     "time/reward": Metric("s", "wall time of scoring"),
-    "time/log_probs": Metric("s", "wall time of the old and reference log-probs"),
+    "time/old_log_probs": Metric("s", "pass for the old policy's log-probs, once a rollout phase"),
+    "time/reference_log_probs": Metric("s", "pass for the KL reference's log-probs, once a rollout phase"),
+    "memory/reference": Metric("GiB", "the KL reference's weights on a rank, in host memory or on the device"),
     "time/train": Metric("s", "wall time of forward, backward and optimizer"),
     # evaluation on held-out problems
     "eval/pass_at_1": Metric("share", "mean accuracy of a single sample"),
@@ -83,9 +102,19 @@ METRICS: dict[str, Metric] = {
 }
 
 
+PER_LAYER = frozenset(("moe/max_violation", "moe/entropy", "moe/dropped"))
+"""Metrics that may also be written for one decoder layer, counted from 0: "moe/entropy/layer_3"."""
+
+
+def is_known(name: str) -> bool:
+    """Whether a run may write this name: one of METRICS, or a layer's own of those in PER_LAYER."""
+    whole, _, layer = name.partition("/layer_")
+    return name in METRICS or (whole in PER_LAYER and layer.isascii() and layer.isdigit())
+
+
 def check_names(names: list[str]) -> None:
-    """Raise ValueError when a name is not in METRICS: a programmer's mistake, not a user's."""
-    unknown = sorted(set(names) - METRICS.keys())
+    """Raise ValueError when a name is not known: a programmer's mistake, not a user's."""
+    unknown = sorted(name for name in set(names) if not is_known(name))
     if unknown:
         raise ValueError(
             f"unknown metrics {unknown}: list them in megatron_r1/observe/names.py with their unit and meaning"

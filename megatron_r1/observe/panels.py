@@ -39,7 +39,7 @@ PANELS: tuple[Panel, ...] = (
     ),
     Panel("KL to the reference", {"policy/kl": "KL"}),
     Panel("Entropy", {"policy/entropy": "entropy"}),
-    Panel("Language-model loss", {"loss/lm": "next token"}),
+    Panel("Language-model loss", {"loss/lm": "next token", "loss/mtp": "the one after (MTP layers)"}),
     Panel("Policy loss", {"loss/total": "KL term included"}),
     Panel("Gradient norm", {"optim/grad_norm": "gradient norm"}),
     Panel("Throughput", {"rollout/tokens_per_second": "sampled", "train/tokens_per_second": "trained"}),
@@ -57,14 +57,40 @@ PANELS: tuple[Panel, ...] = (
     ),
     Panel("Clipped tokens", {"policy/clip_low": "from below", "policy/clip_high": "from above"}),
     Panel("Probability ratio", {"policy/ratio": "mean ratio"}),
-    Panel("Trainer against sampler", {"policy/engine_gap": "mean |difference in log-prob|"}),
+    Panel(
+        "Trainer against sampler",
+        {"policy/engine_gap": "mean |difference in log-prob|", "policy/engine_k3": "KL(sampler || trainer)"},
+    ),
+    Panel("Trainer against sampler: effective sample size", {"policy/engine_ess": "of the tokens"}),
+    Panel(
+        "Trainer against sampler: tokens apart or left out",
+        {
+            "policy/engine_outliers": "ratio above 2 or below 1/2",
+            "policy/correction_masked": "tokens left out",
+            "policy/correction_vetoed": "responses left out whole",
+        },
+    ),
+    Panel(
+        "Expert load above the mean", {"moe/max_violation": "worst layer", "moe/max_violation_mean": "mean of layers"}
+    ),
+    Panel("Least used expert", {"moe/load_min": "load / mean load, worst layer"}),
+    Panel("Entropy of routing", {"moe/entropy": "mean of layers"}),
+    Panel(
+        "Expert assignments",
+        {
+            "moe/dropped": "dropped",
+            "moe/replay_coverage": "replayed, of those asked for",
+            "moe/replay_agreement": "replayed and the router's own",
+        },
+    ),
     Panel("Learning rate", {"optim/lr": "learning rate"}, smoothed=False),
     Panel(
         "Time a step",
         {
             "time/step": "whole step",
             "time/rollout": "rollout",
-            "time/log_probs": "old and reference log-probs",
+            "time/old_log_probs": "old log-probs",
+            "time/reference_log_probs": "reference log-probs",
             "time/train": "train",
         },
     ),

@@ -34,15 +34,15 @@ class World:
     device: torch.device
     tensor_rank: int
     pipeline_rank: int
-    data_rank: int  # replica number; context-parallel ranks of one replica share it
+    data_rank: int  # which share of a batch; context-parallel ranks split the sequences of one share
     data_size: int
     context_rank: int
     tensor_group: Any
     pipeline_group: Any
-    data_group: Any  # replicas of the same shard
-    data_context_group: Any  # replicas and context ranks: gradients are summed over it
-    expert_group: Any  # ranks among which tokens travel to experts (EP x ETP), replicas included
-    model_group: Any  # every rank of one replica (TP x PP)
+    context_group: Any
+    data_context_group: Any  # the copies of one shard of the weights (DP x CP): gradients are summed over it
+    expert_group: Any  # ranks among which tokens travel to experts (EP x ETP), copies included
+    model_group: Any  # every rank of one copy of the dense weights (TP x PP)
 
     @property
     def is_last_stage(self) -> bool:
@@ -50,9 +50,19 @@ class World:
         return self.pipeline_rank == self.layout.pipeline - 1
 
     @property
+    def replicas(self) -> int:
+        """Copies of the dense weights (DP x CP). Each samples on its own; in training context ranks share samples."""
+        return self.data_size * self.layout.context
+
+    @property
+    def replica_rank(self) -> int:
+        """Which copy of the dense weights this rank belongs to."""
+        return self.data_rank * self.layout.context + self.context_rank
+
+    @property
     def is_leader(self) -> bool:
-        """Whether this rank speaks for its replica (first tensor, context and pipeline rank)."""
-        return self.tensor_rank == 0 and self.pipeline_rank == 0 and self.context_rank == 0
+        """Whether this rank speaks for its replica (first tensor and pipeline rank)."""
+        return self.tensor_rank == 0 and self.pipeline_rank == 0
 
     @property
     def last_stage_rank(self) -> int:
@@ -61,8 +71,8 @@ class World:
 
     def all_gather_replicas(self, value: Any) -> list[Any]:
         """Every replica's `value` (any picklable object), in replica order, on all ranks."""
-        parts: list[Any] = [None] * self.data_size
-        dist.all_gather_object(parts, value, group=self.data_group)
+        parts: list[Any] = [None] * self.replicas
+        dist.all_gather_object(parts, value, group=self.data_context_group)
         return parts
 
     def broadcast_in_replica(self, value: Any) -> Any:
@@ -71,6 +81,22 @@ class World:
         source = dist.get_process_group_ranks(self.model_group)[0]
         dist.broadcast_object_list(box, src=source, group=self.model_group)
         return box[0]
+
+    def sum_over_context(self, value: torch.Tensor) -> torch.Tensor:
+        """`value` added up over the ranks that hold slices of the same sequences; without gradient. Collective."""
+        if self.layout.context == 1:
+            return value
+        total = value.detach().clone()
+        dist.all_reduce(total, group=self.context_group)
+        return total
+
+    def max_over_context(self, value: torch.Tensor) -> torch.Tensor:
+        """The largest of the context ranks' values, elementwise; without gradient. Collective."""
+        if self.layout.context == 1:
+            return value
+        largest = value.detach().clone()
+        dist.all_reduce(largest, op=dist.ReduceOp.MAX, group=self.context_group)
+        return largest
 
     def any(self, flag: bool) -> bool:
         """Whether any rank of the world says True. A collective: every rank must call it."""
@@ -131,7 +157,7 @@ def start(layout: ParallelConfig, seed: int, timeout_minutes: int = 30) -> World
         context_rank=parallel_state.get_context_parallel_rank(),
         tensor_group=parallel_state.get_tensor_model_parallel_group(),
         pipeline_group=parallel_state.get_pipeline_model_parallel_group(),
-        data_group=parallel_state.get_data_parallel_group(),
+        context_group=parallel_state.get_context_parallel_group(),
         data_context_group=parallel_state.get_data_parallel_group(with_context_parallel=True),
         expert_group=parallel_state.get_expert_tensor_and_model_parallel_group(),
         model_group=parallel_state.get_model_parallel_group(),

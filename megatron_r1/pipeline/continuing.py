@@ -1,7 +1,7 @@
 """May this recipe go on with the run in that folder? Not if something finished was made with other settings. No torch.
 
-The layout, step counts, checkpoint intervals and everything of stages that are not done may change between two
-starts; the model, the tokenizer, the seed and the settings of finished stages may not.
+The layout, what is recomputed, step counts, checkpoint intervals and everything of stages that are not done may change
+between two starts; the model, the tokenizer, the seed and the settings of finished stages may not.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from megatron_r1.config.run import RunConfig
 from megatron_r1.observe.rundir import RunDir
 
 _FIXED = ("seed", "model", "tokenizer")
+_FREE = "model.recompute"  # recompute, recompute_modules, ...: memory and time, not numbers
 _SHOWN = 8  # differences that the message lists
 
 
@@ -25,6 +26,7 @@ def check_continues(config: RunConfig, run: RunDir) -> None:
     old = tomllib.loads(run.resolved.read_text(encoding="utf-8"))
     new = tomllib.loads(dump(config))
     found = [line for key in _FIXED for line in _differences(key, old.get(key), new.get(key))]
+    found = [line for line in found if not line.startswith(_FREE)]
     done = {state.name for state in run.read_stages() if state.state == "done"}
     before, after = _stages(old), _stages(new)
     for name in sorted(done & after.keys()):

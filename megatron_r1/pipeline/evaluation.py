@@ -34,7 +34,7 @@ def run_evaluation(stage: EvalStage, context: RunContext, start: Path | None) ->
         context.arch["vocab_size"],
         context.arch["max_position_embeddings"],
     )
-    share = -(-stage.problems // context.world.data_size) * stage.k
+    share = -(-stage.problems // context.world.replicas) * stage.k
     with Progress(stage.name, share, enabled=context.world.rank == 0) as progress:
         metrics, styles, groups = evaluate(
             stage,

@@ -15,7 +15,8 @@ from megatron_r1.config.validate import check_layout
 from megatron_r1.data.corpus import Corpus
 from megatron_r1.data.prompts import PromptSource, open_prompts
 from megatron_r1.data.tokenizers import Tokenizer, build_tokenizer
-from megatron_r1.model.megatron_fields import check_pass_through
+from megatron_r1.model.megatron_fields import check_optimizer_fields, check_pass_through
+from megatron_r1.model.precision import check_precision
 from megatron_r1.model.presets import Architecture, architecture
 
 
@@ -28,14 +29,17 @@ def preflight(config: RunConfig, processes: int) -> tuple[Architecture, Tokenize
     arch = architecture(config.model, tokenizer.vocab_size)
     check_pass_through(config.model.megatron, latent_attention=arch["model_type"] == "deepseek_v3")
     check_layout(arch, config.parallel, None, megatron=config.model.megatron)
-    if config.parallel.context > 1:
-        raise UserError(
-            f"parallel.context = {config.parallel.context}: no stage runs under context parallelism yet (batches are "
-            "not cut along the sequence, and the in-process engine cannot decode under it); set parallel.context = 1"
-        )
+    check_precision(config.model, arch, config.parallel)
     for stage in config.stage:
+        if not isinstance(stage, EvalStage):
+            check_optimizer_fields(stage.optimizer.megatron, stage.name)
         if stage.init_from is not None:
             _check_start(stage.init_from, stage.name, config)
+        if config.parallel.dispatcher == "allgather" and not getattr(stage, "packing", True):
+            raise UserError(
+                f'stage.{stage.name}.packing = false with parallel.dispatcher = "allgather": that dispatcher needs '
+                "rows of one length on all ranks, which only packed rows have; set packing = true, or use alltoall"
+            )
         if isinstance(stage, PretrainStage):
             for corpus in stage.corpus:
                 next(Corpus(corpus, config.seed))
@@ -111,9 +115,9 @@ def _check_first_prompt(stage: GrpoStage | EvalStage, tokenizer: Tokenizer, arch
 
 
 def _check_grpo(stage: GrpoStage, config: RunConfig, processes: int) -> None:
-    data = processes // config.parallel.model_size
-    if stage.grpo.prompts % data:
+    replicas = processes // (config.parallel.tensor * config.parallel.pipeline)
+    if stage.grpo.prompts % replicas:
         raise UserError(
-            f"stage.{stage.name}.grpo.prompts = {stage.grpo.prompts} does not divide over {data} data-parallel "
-            "replicas; use a multiple of it"
+            f"stage.{stage.name}.grpo.prompts = {stage.grpo.prompts} does not divide over {replicas} data- and "
+            "context-parallel replicas, each of which samples; use a multiple of it"
         )

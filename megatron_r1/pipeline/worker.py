@@ -14,6 +14,7 @@ from typing import Any
 
 from megatron_r1.config.errors import RunFailed, UserError
 from megatron_r1.config.run import EvalStage, GrpoStage, PretrainStage, RunConfig, Stage
+from megatron_r1.model import kernels
 from megatron_r1.observe.rundir import RunDir, StageState
 from megatron_r1.pipeline.run import checkpoint_of, preflight, start_of
 
@@ -66,6 +67,7 @@ def _set_up_process(config: RunConfig) -> None:
         level=logging.INFO if rank == 0 else logging.WARNING, format="%(asctime)s %(name)s: %(message)s", force=True
     )
     logging.getLogger("megatron.core").setLevel(logging.WARNING)
+    kernels.start(config.model)
     import torch
 
     torch.set_num_threads(config.threads)

@@ -3,7 +3,8 @@
 There is no second copy of the weights and no other implementation of the model: the trainer's own modules decode, so
 the log-probs are those of training up to rounding. Rows that have finished are dropped from the batch and the cache.
 
-Every replica decodes its share of the prompts. Tensor-parallel ranks compute the same tokens from gathered logits;
+Every replica decodes its share of the prompts; under context parallelism, where ranks share sequences in training,
+each of them is a replica here. Tensor-parallel ranks compute the same tokens from gathered logits;
 with pipeline stages, hidden states travel forward and the last stage's tokens back; with expert parallelism the
 replicas step together until all have finished, since their experts serve each other.
 
@@ -22,14 +23,19 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from megatron.core.inference.contexts import StaticInferenceContext
+from megatron.core.models.common.embeddings.rotary_pos_embedding import RotaryEmbedding
 from megatron.core.transformer.utils import set_model_to_sequence_parallel
 
 from megatron_r1.config.errors import UserError
 from megatron_r1.config.optim import SamplingConfig
 from megatron_r1.data.tokenizers import Tokenizer
+from megatron_r1.model.attention import TorchCoreAttention
 from megatron_r1.model.build import unwrap
+from megatron_r1.model.fp8 import any_token_count
+from megatron_r1.model.gpt import PolicyModel
 from megatron_r1.parallel.world import World
 from megatron_r1.rollout.engine import Progress
+from megatron_r1.rollout.expert_record import ExpertRecord, Recorder
 from megatron_r1.rollout.sampling import UniformStreams, sample_tokens
 from megatron_r1.types import Completion, Prompt
 
@@ -48,19 +54,25 @@ class _Row:
     token_ids: list[int] = field(default_factory=list)
     log_probs: list[float] = field(default_factory=list)
     finish_reason: str = ""
+    experts: np.ndarray | None = None  # int16 [P + T, MoE layers, top-k]
 
 
 class MegatronEngine:
-    """Samples from the trainer's model chunks. See `RolloutEngine`; every rank of the world calls `generate`."""
+    """Samples from the trainer's model chunks. See `RolloutEngine`; every rank of the world calls `generate`.
+
+    recorder: fills `routed_experts` of the completions (the trainer's `RoutingTaps`); None: they stay empty.
+    """
 
     def __init__(
-        self, chunks: Sequence[torch.nn.Module], world: World, tokenizer: Tokenizer, vocab_size: int, max_length: int
+        self,
+        chunks: Sequence[torch.nn.Module],
+        world: World,
+        tokenizer: Tokenizer,
+        vocab_size: int,
+        max_length: int,
+        recorder: Recorder | None = None,
     ) -> None:
-        if world.layout.context > 1:
-            raise UserError(
-                "parallel.context > 1: the in-process rollout engine cannot decode under context parallelism; "
-                "set parallel.context = 1 for stages that sample"
-            )
+        self.recorder = recorder
         self.models = [unwrap(chunk) for chunk in chunks]
         self.world, self.tokenizer, self.vocab_size, self.max_length = world, tokenizer, vocab_size, max_length
         self._version = 0
@@ -114,15 +126,21 @@ class MegatronEngine:
 
     @contextmanager
     def _decoding(self) -> Iterator[None]:
-        """Models in evaluation mode, without sequence parallelism (a decode step has a single token)."""
-        sharded = self.world.layout.tensor > 1
+        """Models in evaluation mode, each rank with whole sequences: no sequence and no context parallelism."""
+        sharded = self.world.layout.shards_sequence
+        cut = _context_parallel_modules(self.models) if self.world.layout.context > 1 else []
         for model in self.models:
             model.eval()
             if sharded:
                 set_model_to_sequence_parallel(model, False)
+        for module, name, alone, _ in cut:
+            setattr(module, name, alone)
         try:
-            yield
+            with any_token_count(self.models):
+                yield
         finally:
+            for module, name, _, together in cut:
+                setattr(module, name, together)
             for model in self.models:
                 if sharded:
                     set_model_to_sequence_parallel(model, True)
@@ -132,25 +150,46 @@ class MegatronEngine:
         longest = max(len(row.prompt.token_ids) for row in rows)
         limit = min(longest + sampling.max_new_tokens, self.max_length)
         context = _Cache(len(rows), limit)
+        record = ExpertRecord(self.recorder, self.world.device) if self.recorder is not None else None
         alive = np.arange(len(rows))  # which rows the batch holds
-        shortest = min(len(row.prompt.token_ids) for row in rows)
+        shortest = self._prefill(min(len(row.prompt.token_ids) for row in rows))
         tokens_BT = torch.tensor([row.prompt.token_ids[:shortest] for row in rows], device=self.world.device)
         position = 0
         while True:
-            logits_BV = self._forward(tokens_BT, position, context)
+            logits_BV = self._forward(tokens_BT, position, context, record)
+            if record is not None:
+                record.take(position, alive)
             position += tokens_BT.shape[1]
             next_B = self._next_tokens(logits_BV, rows, alive, position, streams, sampling)
             running = np.array([not rows[i].finish_reason for i in alive])
             if not self._anyone(bool(running.any()) and position < limit):
                 break
             keep = np.flatnonzero(running)
-            if len(keep) < _COMPACT_BELOW * len(alive):
+            if len(keep) < _COMPACT_BELOW * len(alive) and not self._equal_shapes:
                 keep = keep if len(keep) else np.array([0])  # with experts shared, a finished replica keeps one row
                 context.keep(torch.from_numpy(keep).to(self.world.device))
                 alive, next_B = alive[keep], next_B[torch.from_numpy(keep).to(next_B.device)]
             if position >= limit:
                 context.rewind(position := limit - 1)
             tokens_BT = next_B[:, None]
+        if record is not None:
+            for i, row in enumerate(rows):
+                length = len(row.prompt.token_ids) + len(row.token_ids)
+                row.experts = record.of_row(i, length, self.world.pipeline_group)
+
+    @property
+    def _equal_shapes(self) -> bool:
+        """Whether replicas that share experts must pass equally many tokens in every forward."""
+        layout = self.world.layout
+        return layout.dispatcher == "allgather" and layout.expert * layout.etp > 1
+
+    def _prefill(self, shortest: int) -> int:
+        """Prompt tokens of the first forward, given the batch's shortest prompt."""
+        if not self._equal_shapes:
+            return shortest
+        least = torch.tensor(shortest, device=self.world.device)
+        dist.all_reduce(least, op=dist.ReduceOp.MIN, group=self.world.expert_group)
+        return int(least.item())
 
     def _next_tokens(
         self,
@@ -193,7 +232,9 @@ class MegatronEngine:
         tail = self.tokenizer.decode(row.token_ids[-max(len(stop.encode()) for stop in stops) :])
         return any(stop in tail for stop in stops)
 
-    def _forward(self, tokens_BT: torch.Tensor, position: int, context: _Cache) -> torch.Tensor | None:
+    def _forward(
+        self, tokens_BT: torch.Tensor, position: int, context: _Cache, record: ExpertRecord | None
+    ) -> torch.Tensor | None:
         """Logits [B, V] of the last position on the last stage, None elsewhere."""
         rows, length = tokens_BT.shape
         positions_BT = torch.arange(position, position + length, device=tokens_BT.device).expand(rows, length)
@@ -201,6 +242,8 @@ class MegatronEngine:
         for model in self.models:
             if not model.pre_process:
                 model.set_input_tensor(self._receive(rows, length))
+            if record is not None:
+                record.announce(rows, length)
             output = model(tokens_BT, positions_BT, None, inference_context=context, runtime_gather_output=True)
             if not model.post_process:
                 self._send(output)
@@ -235,7 +278,20 @@ class MegatronEngine:
             finish_reason=row.finish_reason,  # type: ignore[arg-type]
             weight_versions=(self._version, self._version),
             text=self.tokenizer.decode(row.token_ids),
+            routed_experts=row.experts,
         )
+
+
+def _context_parallel_modules(models: Sequence[PolicyModel]) -> list[tuple[torch.nn.Module, str, Any, Any]]:
+    """(module, attribute, value for whole sequences, value for slices) of all that cuts sequences over ranks."""
+    found: list[tuple[torch.nn.Module, str, Any, Any]] = []
+    for model in models:
+        for module in model.modules():
+            if isinstance(module, TorchCoreAttention):
+                found.append((module, "context_size", 1, module.context_size))
+            elif isinstance(module, RotaryEmbedding):
+                found.append((module, "cp_group", None, module.cp_group))
+    return found
 
 
 class _Cache(StaticInferenceContext):

@@ -50,8 +50,8 @@ def evaluate(
 ) -> tuple[dict[str, float], dict[str, int], list[Group]]:
     """Sample and judge; returns (metrics, completions by style, scored groups), equal on all ranks. Collective."""
     # Every replica decodes equally many problems, as shared experts ask; a repeated one is judged once.
-    share = -(-len(prompts) // world.data_size)
-    mine = [prompts[(world.data_rank + i * world.data_size) % len(prompts)] for i in range(share)]
+    share = -(-len(prompts) // world.replicas)
+    mine = [prompts[(world.replica_rank + i * world.replicas) % len(prompts)] for i in range(share)]
     completions = engine.generate(mine, stage.k, stage.sampling, seed, progress)
     groups = [Group(prompt=p, completions=c) for p, c in zip(mine, completions, strict=True)]
     if world.is_leader:

@@ -11,19 +11,23 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from megatron_r1.algorithms.mismatch import mismatch_metrics
 from megatron_r1.algorithms.weights import count
 from megatron_r1.config.run import GrpoStage
 from megatron_r1.data.cursor import PromptCursor
 from megatron_r1.data.prompts import open_prompts
+from megatron_r1.model.precision import row_multiple
 from megatron_r1.model.reference import Reference
+from megatron_r1.model.routing import check_replayable
 from megatron_r1.observe.rollouts import RolloutWriter
 from megatron_r1.rewards.mixer import Scorer
 from megatron_r1.rewards.workers import VerifierPool
 from megatron_r1.rollout.megatron import MegatronEngine
+from megatron_r1.train.annotate import annotate
 from megatron_r1.train.context import RunContext
-from megatron_r1.train.log_probs import compute_log_probs
 from megatron_r1.train.loop import StageLoop
-from megatron_r1.train.micro_batches import own_micro_batches
+from megatron_r1.train.micro_batches import Batcher
+from megatron_r1.train.mismatch_watch import MismatchWatch
 from megatron_r1.train.objectives import PolicyObjective
 from megatron_r1.train.phase import Phase, advantages_of, group_samples, minibatch_order, phase_seed, sample_groups
 from megatron_r1.train.trainer import StepResult, Trainer
@@ -42,12 +46,21 @@ def grpo(stage: GrpoStage, context: RunContext, start: Path | None) -> dict[str,
         world,
         stage.optimizer,
         stage.steps,
-        train_mtp=False,
+        train_mtp=config.mtp_loss > 0,
         expert_bias_frozen=config.expert_bias == "frozen",
     )
-    reference = Reference(trainer.models, step=0) if config.loss.needs_reference else None
+    reference = Reference(trainer.models, 0, config.loss.reference_memory) if config.loss.needs_reference else None
+    multiple = row_multiple(context.config.model.precision)
+    batcher = Batcher(world, stage.micro_batch_tokens, context.tokenizer.pad_id, stage.packing, multiple)
+    if config.routing_replay != "none":
+        check_replayable(trainer.config)
     engine = MegatronEngine(
-        trainer.chunks, world, context.tokenizer, context.arch["vocab_size"], context.arch["max_position_embeddings"]
+        trainer.chunks,
+        world,
+        context.tokenizer,
+        context.arch["vocab_size"],
+        context.arch["max_position_embeddings"],
+        recorder=trainer.taps if config.routing_replay == "rollout" else None,
     )
     cursor = PromptCursor(
         open_prompts(stage.prompts, context.tokenizer), stage.prompts.shuffle, context.config.seed, context.heldout
@@ -60,6 +73,9 @@ def grpo(stage: GrpoStage, context: RunContext, start: Path | None) -> dict[str,
             cursor.restore(state["cursor"])
             phase = Phase.restore(state["phase"]) if state["phase"] is not None else None
         rollouts = RolloutWriter(loop.folder.path)
+        watch = MismatchWatch(
+            stage.name, config.mismatch_limit, loop.folder.path, context.tokenizer, writes=world.rank == 0
+        )
         if world.rank == 0:
             rollouts.truncate_after(trainer.step)
         while trainer.step < stage.steps:
@@ -74,21 +90,16 @@ def grpo(stage: GrpoStage, context: RunContext, start: Path | None) -> dict[str,
                     rollouts.write(trainer.step, rollout.groups, advantages)
                 samples = group_samples(rollout.kept, config.advantage)
                 order = minibatch_order(len(samples), config.minibatches, config.epochs, seed)
-                seconds = _annotate(samples, len(order), stage, context, trainer, reference)
-                metrics = {**rollout.metrics, "time/log_probs": world.largest(seconds)}
-                phase = Phase(samples, order, taken=0, metrics=metrics)
+                costs = annotate(samples, order, stage, trainer, batcher, reference)
+                phase = Phase(samples, order, taken=0, metrics={**rollout.metrics, **costs})
             # 4. one optimizer step on the next random minibatch
             minibatch = phase.minibatch()
-            result, seconds = _optimize(minibatch, stage, context, trainer)
+            result, seconds = _optimize(minibatch, stage, trainer, batcher)
             loop.check_finite(result, minibatch)
+            metrics = _policy_metrics(result, seconds, reference is not None)
             sampled = phase.metrics if phase.taken == 0 else {}  # once a phase, with its first optimizer step
-            loop.log(
-                {
-                    **sampled,
-                    **_policy_metrics(result, seconds, reference is not None),
-                    "time/step": time.monotonic() - began,
-                }
-            )
+            loop.log({**sampled, **metrics, "time/step": time.monotonic() - began})
+            watch.check(trainer.step, metrics, minibatch)
             phase.taken += 1
             # 5. the reference follows every so many steps
             every = config.loss.reference_every
@@ -106,51 +117,21 @@ def _loop_state(cursor: PromptCursor, phase: Phase | None) -> dict[str, Any]:
     return {"cursor": cursor.state(), "phase": None if phase is None else phase.state()}
 
 
-def _annotate(
-    samples: list[Sample],
-    steps: int,
-    stage: GrpoStage,
-    context: RunContext,
-    trainer: Trainer,
-    reference: Reference | None,
-) -> float:
-    """Fill in the old and the reference log-probs; returns the seconds it took.
-
-    A phase of a single optimizer step is on-policy: its old log-probs are the ones of the training forward itself
-    (ratio exactly 1), and the pass is left out.
-    """
-    began = time.monotonic()
-    arguments: dict[str, Any] = {
-        "temperature": stage.sampling.temperature,
-        "max_tokens": stage.micro_batch_tokens,
-        "pad_id": context.tokenizer.pad_id,
-    }
-    if steps > 1:
-        for sample, values in zip(samples, compute_log_probs(trainer, samples, **arguments), strict=True):
-            sample.old_log_probs = values
-    if reference is not None:
-        with reference.swapped_in():
-            found = compute_log_probs(trainer, samples, **arguments)
-        for sample, values in zip(samples, found, strict=True):
-            sample.reference_log_probs = values
-    return time.monotonic() - began
-
-
 def _optimize(
-    minibatch: list[Sample], stage: GrpoStage, context: RunContext, trainer: Trainer
+    minibatch: list[Sample], stage: GrpoStage, trainer: Trainer, batcher: Batcher
 ) -> tuple[StepResult, float]:
     began = time.monotonic()
-    world = context.world
-    mine = own_micro_batches(minibatch, world, max_tokens=stage.micro_batch_tokens, pad_id=context.tokenizer.pad_id)
     objective = PolicyObjective(
         config=stage.grpo.loss,
+        correction=stage.grpo.correction,
+        limits=stage.grpo.mismatch_limit,
         denominators=count(minibatch),  # once, globally, before the first forward
         length_constant=stage.sampling.max_new_tokens,
         temperature=stage.sampling.temperature,
-        vocab_size=context.arch["vocab_size"],
-        world=world,
+        world=trainer.world,
+        mtp_loss=stage.grpo.mtp_loss,
     )
-    result = trainer.train_step(mine, objective)
+    result = trainer.train_step(batcher(minibatch, trainer.mtp_depths), objective)
     return result, time.monotonic() - began
 
 
@@ -158,16 +139,18 @@ def _policy_metrics(result: StepResult, seconds: float, has_reference: bool) -> 
     sums = result.sums
     tokens = max(1.0, sums["tokens"])
     kl = {"policy/kl": sums["kl_k3"] / tokens} if has_reference else {}
+    mtp = {"loss/mtp": sums["mtp_nll"] / sums["mtp_tokens"]} if sums["mtp_tokens"] else {}
     return {
         **kl,
+        **mtp,
+        **mismatch_metrics(sums, result.maxima),
+        **result.routing,
         "loss/total": sums["loss"],
         "policy/entropy": sums["entropy"] / tokens,
         "policy/ratio": sums["ratio"] / tokens,
         "policy/clip_low": sums["clip_low"] / tokens,
         "policy/clip_high": sums["clip_high"] / tokens,
         "policy/dual_clip": sums["dual_clip"] / tokens,
-        "policy/engine_gap": sums["mismatch_abs"] / tokens,
-        "policy/engine_k3": sums["mismatch_k3"] / tokens,
         "optim/grad_norm": result.grad_norm,
         "optim/lr": result.lr,
         "time/train": seconds,

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import math
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -17,8 +16,8 @@ from megatron_r1.config.run import TrainStage
 from megatron_r1.model.reference import Reference
 from megatron_r1.observe.metrics import MetricsWriter, read_metrics
 from megatron_r1.observe.progress import Progress
-from megatron_r1.observe.rundir import write_json
 from megatron_r1.train.context import RunContext
+from megatron_r1.train.dump import dump_batch
 from megatron_r1.train.exclusions import record_exclusions
 from megatron_r1.train.stopping import Stopped
 from megatron_r1.train.trainer import StepResult, Trainer
@@ -130,26 +129,10 @@ class StageLoop:
             return
         dump = self.folder.path / f"nonfinite-step-{self.trainer.step:06d}.json"
         if self.context.world.rank == 0:
-            rows = [
-                {
-                    "token_ids": sample.token_ids,
-                    "prompt_length": sample.prompt_length,
-                    "advantage": sample.advantage,
-                    "text": self.context.tokenizer.decode(sample.token_ids),
-                    "old_log_probs": sample.old_log_probs,
-                    "reference_log_probs": sample.reference_log_probs,
-                }
-                for sample in samples
-            ]
-            sums = {name: _spelled(value) for name, value in result.sums.items()}
-            write_json(dump, {"sums": sums, "grad_norm": _spelled(result.grad_norm), "samples": rows})
+            about = {"sums": result.sums, "grad_norm": result.grad_norm}
+            dump_batch(dump, samples, self.context.tokenizer, about)
         raise NonFinite(
             f"stage {self.stage.name}, step {self.trainer.step}: the loss or the gradient norm is not finite "
             f"(gradient norm {result.grad_norm}, sums {result.sums}). The batch is in {dump}; the newest checkpoint "
             "is from before it. Lower optimizer.lr or look at the batch, then run the same command again"
         )
-
-
-def _spelled(value: float) -> float | str:
-    """JSON has no NaN and no infinity: those become text."""
-    return value if math.isfinite(value) else str(value)

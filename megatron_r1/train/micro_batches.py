@@ -2,27 +2,48 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 from megatron_r1.data.batching import MicroBatch, make_micro_batches
 from megatron_r1.parallel.world import World
 from megatron_r1.types import Sample
 
 
-def own_micro_batches(samples: Sequence[Sample], world: World, *, max_tokens: int, pad_id: int) -> list[MicroBatch]:
-    """The micro-batches of this rank's replica, on its device.
+@dataclass(frozen=True, slots=True)
+class Batcher:
+    """Samples -> this rank's micro-batches, on its device. Every replica gets equally many.
 
-    Every replica gets equally many. Padded lengths divide by the tensor-parallel size (sequence parallelism shards
-    them); under virtual pipelining the number of micro-batches is a multiple of the stages, as Megatron's interleaved
-    schedule demands.
+    The lengths of rows suit the layout: each context rank holds two chunks of every sequence, and tensor-parallel
+    ranks share what it holds (sequence parallelism). Under virtual pipelining the number of micro-batches is a
+    multiple of the stages, as Megatron's interleaved schedule demands.
     """
-    layout = world.layout
-    shards = make_micro_batches(
-        samples,
-        max_tokens=max_tokens,
-        pad_id=pad_id,
-        multiple_of=layout.tensor,
-        shards=world.data_size,
-        count_multiple_of=layout.pipeline if layout.virtual_pipeline > 1 else 1,
-    )
-    return [batch.to(world.device) for batch in shards[world.data_rank]]
+
+    world: World
+    max_tokens: int  # of a micro-batch
+    pad_id: int
+    packed: bool = True  # several sequences share a row
+    token_multiple: int = 1  # what the number of tokens that a rank holds of a row must divide by (FP8: 128)
+
+    def __call__(self, samples: Sequence[Sample], mtp_depths: int = 0) -> list[MicroBatch]:
+        """The micro-batches; mtp_depths: how many tokens ahead multi-token prediction looks beyond the next one."""
+        layout, world = self.world.layout, self.world
+        zigzag = 2 * layout.context if layout.context > 1 else 1
+        shards = make_micro_batches(
+            samples,
+            self.max_tokens,
+            self.pad_id,
+            packed=self.packed,
+            multiple_of=math.lcm(zigzag, layout.context * layout.tensor * self.token_multiple),
+            sequence_multiple_of=zigzag,
+            fixed_length=layout.dispatcher == "allgather",
+            shards=world.data_size,
+            count_multiple_of=layout.pipeline if layout.virtual_pipeline > 1 else 1,
+            mtp_depths=mtp_depths,
+            only_shard=world.data_rank,
+        )
+        mine = shards[world.data_rank]
+        if layout.context > 1:
+            mine = [batch.context_slice(layout.context, world.context_rank) for batch in mine]
+        return [batch.to(world.device) for batch in mine]

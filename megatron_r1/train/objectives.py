@@ -4,25 +4,28 @@ An objective runs the model on a micro-batch and turns its output into a sum. Me
 sum by the number of loss tokens of the whole batch (all micro-batches, all replicas); an objective with another
 denominator multiplies by that count first, so that its own weights are what remains.
 
-B rows, T tokens, V vocabulary.
+N sequences, L learned tokens of the longest. A context-parallel rank holds some of the tokens of every sequence;
+its mask says which, and its sums cover those.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
 import torch
 
+from megatron_r1.algorithms import mismatch
 from megatron_r1.algorithms.policy_loss import policy_loss
 from megatron_r1.algorithms.weights import Denominators, token_weights
-from megatron_r1.config.grpo import LossConfig
+from megatron_r1.config.grpo import CorrectionConfig, LossConfig, MismatchLimit
 from megatron_r1.data.batching import MicroBatch
-from megatron_r1.parallel.vocab import log_probs_and_entropy
 from megatron_r1.parallel.world import World
+from megatron_r1.train.scoring import by_sequence, score_tokens
 
 LossOutput = tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]
-"""(sum to differentiate, number of loss tokens, sums for the metrics)."""
+"""(sum to differentiate, number of loss tokens, sums and maxima for the metrics)."""
 
 
 class Objective(Protocol):
@@ -31,6 +34,11 @@ class Objective(Protocol):
     @property
     def metric_names(self) -> tuple[str, ...]:
         """Names of the sums that `loss` returns, the same on every rank."""
+        ...
+
+    @property
+    def maximum_names(self) -> tuple[str, ...]:
+        """Names of what `loss` returns to be reduced by maximum, each at least 0."""
         ...
 
     def forward(self, model: torch.nn.Module, batch: MicroBatch) -> torch.Tensor:
@@ -44,19 +52,33 @@ class Objective(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class LanguageModelObjective:
-    """Mean negative log-likelihood of the learned tokens, plus Megatron's multi-token-prediction loss."""
+    """Mean negative log-likelihood of the learned tokens, plus mtp_loss times that of each look-ahead depth.
 
-    metric_names: tuple[str, ...] = ("nll", "tokens")
+    The depths' losses are averaged over depths and divided by the same token count (DeepSeek-V3, arXiv 2412.19437,
+    eq. 24-25).
+    """
+
+    mtp_loss: float = 0.0
+    metric_names: tuple[str, ...] = ("nll", "tokens", "mtp_nll", "mtp_tokens")
+    maximum_names: tuple[str, ...] = ()
 
     def forward(self, model: torch.nn.Module, batch: MicroBatch) -> torch.Tensor:
-        """[B, T] per-token losses on the last stage."""
-        return model(batch.tokens_BT, batch.positions_BT, None, labels=batch.labels_BT, loss_mask=batch.loss_mask_BT)
+        """Log-probs of the learned tokens on the last stage."""
+        return score_tokens(model, batch)
 
     def loss(self, output: torch.Tensor, batch: MicroBatch) -> LossOutput:
-        """Sum of the losses where loss_mask is 1."""
-        total = torch.where(batch.loss_mask_BT > 0, output, 0.0).sum()
-        tokens = batch.loss_mask_BT.sum()
-        return total, tokens.to(torch.int), {"nll": total.detach(), "tokens": tokens}
+        """Sum of the losses of the learned tokens."""
+        scores = by_sequence(output, batch)
+        tokens = batch.mask_NL.sum()
+        nll, ahead = -scores.log_probs_NL.sum(), -scores.ahead_DNL.sum()
+        sums = {
+            "nll": nll.detach(),
+            "tokens": tokens,
+            "mtp_nll": ahead.detach(),
+            "mtp_tokens": (batch.ahead_DNL >= 0).sum(),
+        }
+        total = nll + self.mtp_loss / max(1, len(batch.ahead_DNL)) * ahead
+        return total, tokens.to(torch.int), sums
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,11 +86,13 @@ class PolicyObjective:
     """The GRPO loss of `algorithms.policy_loss` under global denominators."""
 
     config: LossConfig
+    correction: CorrectionConfig
+    limits: Sequence[MismatchLimit]
     denominators: Denominators
     length_constant: int
     temperature: float
-    vocab_size: int
     world: World
+    mtp_loss: float = 0.0
     metric_names: tuple[str, ...] = (
         "loss",
         "tokens",
@@ -79,48 +103,64 @@ class PolicyObjective:
         "kl_k3",
         "log_ratio_abs",
         "entropy",
-        "mismatch_abs",
-        "mismatch_k3",
+        "mtp_nll",
+        "mtp_tokens",
+        *mismatch.SUMS,
     )
+    maximum_names: tuple[str, ...] = mismatch.MAXIMA
 
     def forward(self, model: torch.nn.Module, batch: MicroBatch) -> torch.Tensor:
-        """[B, T, V / TP] logits on the last stage."""
-        return model(batch.tokens_BT, batch.positions_BT, None)
+        """Log-probs and entropies of the response tokens on the last stage."""
+        return score_tokens(model, batch, temperature=self.temperature, detach_ahead=True)
 
     def loss(self, output: torch.Tensor, batch: MicroBatch) -> LossOutput:
         """The weighted sum of the per-token objective, ready for Megatron's division by the token count."""
-        log_probs_BT, entropy_BT = log_probs_and_entropy(
-            output,
-            batch.labels_BT,
-            vocab_size=self.vocab_size,
-            temperature=self.temperature,
-            group=self.world.tensor_group,
-        )
-        mask = batch.loss_mask_BT
-        weights = token_weights(mask, batch.response_lengths_B, self.denominators, self.config, self.length_constant)
+        scores = by_sequence(output, batch)
+        mask = batch.mask_NL
+        weights = token_weights(mask, batch.learned_N, self.denominators, self.config, self.length_constant)
+        correction = self._correct(scores.log_probs_NL.detach(), batch)
         result = policy_loss(
-            log_probs_BT,
-            batch.old_log_probs_BT,
-            batch.advantages_B,
+            scores.log_probs_NL,
+            batch.old_log_probs_NL,
+            batch.advantages_N,
             mask,
             weights,
             self.config,
-            reference_log_probs_BT=batch.reference_log_probs_BT,
-            response_lengths_B=batch.response_lengths_B,
+            reference_log_probs_BT=batch.reference_log_probs_NL,
+            response_lengths_B=batch.learned_N,
+            sum_over_context=self.world.sum_over_context,
+            correction_NL=correction.weights_NL,
         )
-        nothing = output.new_zeros(())  # without a reference there is no KL to report
-        sums = {name: result.metrics.get(name, nothing) for name in self.metric_names}
-        sums["loss"] = result.loss.detach()
-        sums["entropy"] = torch.where(mask > 0, entropy_BT, 0.0).sum()
-        sums.update(_mismatch(log_probs_BT.detach(), batch))
-        return result.loss * self.denominators.tokens, mask.sum().to(torch.int), sums
+        ahead = -scores.ahead_DNL.sum()
+        found = {
+            **result.metrics,
+            **correction.sums,
+            **correction.maxima,
+            "loss": result.loss.detach(),
+            "entropy": scores.entropy_NL.sum(),
+            "mtp_nll": ahead.detach(),
+            "mtp_tokens": (batch.ahead_DNL >= 0).sum(),
+        }
+        nothing = output.new_zeros(())  # without a reference there is no KL, without an engine no mismatch to report
+        sums = {name: found.get(name, nothing) for name in (*self.metric_names, *self.maximum_names)}
+        total = result.loss * self.denominators.tokens + self.mtp_loss / max(1, len(batch.ahead_DNL)) * ahead
+        return total, mask.sum().to(torch.int), sums
 
-
-def _mismatch(log_probs_BT: torch.Tensor, batch: MicroBatch) -> dict[str, torch.Tensor]:
-    """Trainer against rollout engine, of tokens that the current policy has not been updated on yet or has."""
-    if batch.rollout_log_probs_BT is None:
-        zero = log_probs_BT.new_zeros(())
-        return {"mismatch_abs": zero, "mismatch_k3": zero}
-    trainer = batch.old_log_probs_BT if batch.old_log_probs_BT is not None else log_probs_BT
-    delta = torch.where(batch.loss_mask_BT > 0, batch.rollout_log_probs_BT - trainer, 0.0)
-    return {"mismatch_abs": delta.abs().sum(), "mismatch_k3": (torch.exp(-delta) - 1 + delta).sum()}
+    def _correct(self, log_probs_NL: torch.Tensor, batch: MicroBatch) -> mismatch.Correction:
+        """The engine's log-probs against the trainer's at the weights that sampled."""
+        if batch.rollout_log_probs_NL is None:
+            return mismatch.Correction(weights_NL=None, sums={}, maxima={})
+        bypass = self.correction.old_policy == "rollout"  # then the old log-probs are the engine's own
+        old_NL = None if bypass else batch.old_log_probs_NL
+        return mismatch.correct(
+            log_probs_NL if old_NL is None else old_NL,  # a phase's first step is on-policy
+            batch.rollout_log_probs_NL,
+            batch.mask_NL,
+            batch.learned_N,
+            batch.advantages_N,
+            self.correction,
+            self.limits,
+            policy_log_probs_NL=log_probs_NL,
+            sum_over_context=self.world.sum_over_context,
+            max_over_context=self.world.max_over_context,
+        )

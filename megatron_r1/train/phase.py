@@ -59,12 +59,18 @@ class Phase:
     def state(self) -> dict[str, Any]:
         """For a checkpoint in the middle of the phase."""
         samples = [dataclasses.asdict(sample) for sample in self.samples]
+        for sample in samples:  # Megatron reads a checkpoint's plain objects without trust: no numpy among them
+            if sample["routed_experts"] is not None:
+                sample["routed_experts"] = torch.from_numpy(sample["routed_experts"])
         return {"samples": samples, "order": self.order, "taken": self.taken, "metrics": self.metrics}
 
     @classmethod
     def restore(cls, state: dict[str, Any]) -> Phase:
         """The phase as it was when `state` was taken."""
         samples = [Sample(**sample) for sample in state["samples"]]
+        for sample in samples:
+            if isinstance(sample.routed_experts, torch.Tensor):
+                sample.routed_experts = sample.routed_experts.numpy()
         return cls(samples, state["order"], state["taken"], state["metrics"])
 
 
@@ -148,7 +154,7 @@ def _one_round(
     progress: Progress | None,
     spent: dict[str, float],
 ) -> list[Group]:
-    mine = prompts[world.data_rank :: world.data_size]
+    mine = prompts[world.replica_rank :: world.replicas]
     began = time.monotonic()
     completions = engine.generate(mine, stage.grpo.group_size, stage.sampling, seed, progress)
     spent["time/rollout"] += time.monotonic() - began
@@ -163,7 +169,7 @@ def _one_round(
     # not give tensor-parallel ranks different advantages.
     shares = world.all_gather_replicas(world.broadcast_in_replica(groups))
     spent["time/reward"] += time.monotonic() - began
-    return [shares[i % world.data_size][i // world.data_size] for i in range(len(prompts))]
+    return [shares[i % world.replicas][i // world.replicas] for i in range(len(prompts))]
 
 
 def _shape_overlong(groups: list[Group], stage: GrpoStage) -> None:
@@ -193,6 +199,7 @@ def group_samples(groups: list[Group], config: AdvantageConfig) -> list[Sample]:
                     prompt_length=len(group.prompt.token_ids),
                     advantage=advantage,
                     rollout_log_probs=completion.log_probs,
+                    routed_experts=completion.routed_experts,
                 )
             )
     return samples

@@ -10,9 +10,10 @@ from pathlib import Path
 
 from megatron_r1.config.run import PretrainStage
 from megatron_r1.data.text_batches import TextBatches
+from megatron_r1.model.precision import row_multiple
 from megatron_r1.train.context import RunContext
 from megatron_r1.train.loop import StageLoop
-from megatron_r1.train.micro_batches import own_micro_batches
+from megatron_r1.train.micro_batches import Batcher
 from megatron_r1.train.objectives import LanguageModelObjective
 from megatron_r1.train.trainer import Trainer
 
@@ -23,7 +24,11 @@ def pretrain(stage: PretrainStage, context: RunContext, start: Path | None) -> d
     start: checkpoint whose weights it begins with; None: fresh ones.
     """
     world, tokenizer = context.world, context.tokenizer
-    trainer = Trainer(context.arch, context.config.model, world, stage.optimizer, stage.steps, mtp_loss=stage.mtp_loss)
+    trainer = Trainer(
+        context.arch, context.config.model, world, stage.optimizer, stage.steps, train_mtp=stage.mtp_loss > 0
+    )
+    multiple = row_multiple(context.config.model.precision)
+    batcher = Batcher(world, stage.micro_batch_tokens, tokenizer.pad_id, stage.packing, multiple)
     batches = TextBatches(
         stage.corpus,
         tokenizer,
@@ -39,14 +44,16 @@ def pretrain(stage: PretrainStage, context: RunContext, start: Path | None) -> d
         while trainer.step < stage.steps:
             began = time.monotonic()
             samples = batches.take(trainer.step)
-            mine = own_micro_batches(samples, world, max_tokens=stage.micro_batch_tokens, pad_id=tokenizer.pad_id)
-            result = trainer.train_step(mine, LanguageModelObjective())
+            result = trainer.train_step(batcher(samples, trainer.mtp_depths), LanguageModelObjective(stage.mtp_loss))
             loop.check_finite(result, samples)
             seconds = time.monotonic() - began
             tokens = sum(len(sample.token_ids) for sample in samples)
+            mtp = {"loss/mtp": result.sums["mtp_nll"] / n} if (n := result.sums["mtp_tokens"]) else {}
             loop.log(
                 {
                     "loss/lm": result.sums["nll"] / max(1.0, result.sums["tokens"]),
+                    **mtp,
+                    **result.routing,
                     "optim/grad_norm": result.grad_norm,
                     "optim/lr": result.lr,
                     "train/tokens": float(tokens),

@@ -15,9 +15,9 @@ import torch
 import torch.distributed as dist
 
 from megatron_r1.config.model import ModelConfig, ParallelConfig
+from megatron_r1.model.log_prob_head import token_log_probs
 from megatron_r1.model.presets import architecture
 from megatron_r1.parallel.context import context_slice, zigzag_positions
-from megatron_r1.parallel.vocab import log_probs_and_entropy
 from megatron_r1.parallel.world import World
 from tests.dist.harness import run_layouts, run_world
 from tests.reference.attention import slow_attention
@@ -40,7 +40,8 @@ def probe(world: World) -> dict[str, Any]:
         return attention_of_a_slice(world)
     if layout.tensor > 1:
         return {
-            "vocab": vocabulary_slice(world),
+            "vocab": {vocab: vocabulary_slice(world, vocab) for vocab in (VOCAB, PADDED // 2, 3)},
+            "no tokens": vocabulary_slice(world, VOCAB, number=0),
             "ours": latent_gradients(world, stock=False),
             "stock": latent_gradients(world, stock=True),
             "weights": drawn_weights(world),
@@ -72,7 +73,7 @@ def attention_of_a_slice(world: World) -> dict[str, Any]:
     from megatron.core import parallel_state
     from megatron.core.transformer.transformer_config import TransformerConfig
 
-    from megatron_r1.model.specs import TorchCoreAttention
+    from megatron_r1.model.attention import TorchCoreAttention
 
     config = TransformerConfig(num_layers=1, hidden_size=40, num_attention_heads=4, context_parallel_size=2)
     groups = SimpleNamespace(cp=parallel_state.get_context_parallel_group())
@@ -100,37 +101,65 @@ def test_context_parallel_attention_equals_one_process(found: dict[str, list[Any
 # ---- vocabulary slices
 
 
-def logits_and_targets() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def head_inputs() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Hidden states [12, 5], the whole output weights, targets, and the gradient from above."""
     draw = torch.Generator().manual_seed(1)
-    logits = 4 * torch.randn(2, 6, PADDED, generator=draw)
-    logits[..., VOCAB:] = 30.0  # the padding must not count
-    targets = torch.arange(12).reshape(2, 6) % VOCAB
-    return logits, targets, torch.randn(2, 6, generator=draw)
+    hidden = torch.randn(12, 5, generator=draw)
+    weight = 2 * torch.randn(PADDED, 5, generator=draw)
+    weight[VOCAB:] = 30.0  # the padding must not count
+    return hidden, weight, torch.arange(12) % VOCAB, torch.randn(12, generator=draw)
 
 
-def vocabulary_slice(world: World) -> dict[str, Any]:
-    logits, targets, above = logits_and_targets()
-    mine = logits.chunk(2, dim=-1)[world.tensor_rank].clone().requires_grad_()
-    log_probs, entropy = log_probs_and_entropy(
-        mine, targets, vocab_size=VOCAB, temperature=0.7, group=world.tensor_group
+def vocabulary_slice(world: World, vocab: int, number: int = 12) -> dict[str, Any]:
+    """The head on this rank's slice of a vocabulary of `vocab` entries, for the first `number` tokens."""
+    hidden, weight, targets, above = head_inputs()
+    hidden = hidden[:number].requires_grad_()
+    mine = weight.chunk(2)[world.tensor_rank].clone().requires_grad_()
+    log_probs, entropy = token_log_probs(
+        hidden,
+        mine,
+        targets[:number] % vocab,
+        vocab_size=vocab,
+        temperature=0.7,
+        group=world.tensor_group,
+        block_rows=4,
     )
-    (log_probs * above).sum().backward()
-    return {"log_probs": log_probs.detach(), "entropy": entropy, "gradient": mine.grad}
+    (log_probs * above[:number]).sum().backward()
+    return {"log_probs": log_probs.detach(), "entropy": entropy, "hidden": hidden.grad, "weight": mine.grad}
 
 
-def test_slices_of_the_vocabulary_equal_the_whole(found: dict[str, list[Any]]) -> None:
-    logits, targets, above = logits_and_targets()
-    logits.requires_grad_()
-    expected, entropy = slow_log_probs(logits, targets, VOCAB, 0.7)
-    (expected * above).sum().backward()
-    ranks = [result["vocab"] for result in found["TP2"]]
+@pytest.mark.parametrize("vocab", [VOCAB, PADDED // 2, 3])
+def test_slices_of_the_vocabulary_equal_the_whole(found: dict[str, list[Any]], vocab: int) -> None:
+    """With 6 entries or fewer the second rank holds padding only."""
+    hidden, weight, targets, above = head_inputs()
+    hidden, weight = hidden.double().requires_grad_(), weight.double().requires_grad_()
+    expected, entropy = slow_log_probs((hidden @ weight.T)[None], targets[None] % vocab, vocab, 0.7)
+    (expected[0] * above).sum().backward()
+    ranks = [result["vocab"][vocab] for result in found["TP2"]]
     assert torch.equal(ranks[0]["log_probs"], ranks[1]["log_probs"])
     assert torch.equal(ranks[0]["entropy"], ranks[1]["entropy"])
-    torch.testing.assert_close(ranks[0]["log_probs"].double(), expected.detach(), rtol=0, atol=5e-6)
-    torch.testing.assert_close(ranks[0]["entropy"].double(), entropy.detach(), rtol=0, atol=5e-6)
-    whole = torch.cat([result["gradient"] for result in ranks], dim=-1)
-    torch.testing.assert_close(whole, logits.grad, rtol=0, atol=2e-6)
-    assert torch.equal(whole[..., VOCAB:], torch.zeros(2, 6, PADDED - VOCAB))
+    whole = {
+        "log_probs": expected[0].detach(),
+        "entropy": entropy[0].detach(),
+        "hidden": hidden.grad,
+        "weight": weight.grad,
+    }
+    joined = {
+        **ranks[0],
+        "hidden": ranks[0]["hidden"] + ranks[1]["hidden"],
+        "weight": torch.cat([ranks[0]["weight"], ranks[1]["weight"]]),
+    }
+    for name, right in whole.items():
+        torch.testing.assert_close(joined[name].double(), right, rtol=0, atol=1e-6 * right.abs().max().item())
+    assert torch.equal(joined["weight"][vocab:], torch.zeros(PADDED - vocab, 5))
+
+
+def test_no_tokens_under_tensor_parallelism(found: dict[str, list[Any]]) -> None:
+    for result in found["TP2"]:
+        nothing = result["no tokens"]
+        assert nothing["log_probs"].shape == nothing["entropy"].shape == (0,)
+        assert nothing["hidden"].shape == (0, 5)
+        assert torch.equal(nothing["weight"], torch.zeros(PADDED // 2, 5))
 
 
 # ---- multi-latent attention under tensor parallelism

@@ -14,7 +14,7 @@ import torch
 from megatron_r1.algorithms.weights import count
 from megatron_r1.checkpoint import folders
 from megatron_r1.checkpoint import io as checkpoint_io
-from megatron_r1.config.grpo import LossConfig
+from megatron_r1.config.grpo import CorrectionConfig, LossConfig
 from megatron_r1.config.model import ModelConfig, TokenizerConfig
 from megatron_r1.config.optim import OptimizerConfig, SamplingConfig
 from megatron_r1.data.tokenizers import build_tokenizer
@@ -22,7 +22,7 @@ from megatron_r1.model.presets import architecture
 from megatron_r1.parallel.world import World
 from megatron_r1.rollout.megatron import MegatronEngine
 from megatron_r1.train.log_probs import compute_log_probs
-from megatron_r1.train.micro_batches import own_micro_batches
+from megatron_r1.train.micro_batches import Batcher
 from megatron_r1.train.objectives import LanguageModelObjective, Objective, PolicyObjective
 from megatron_r1.train.trainer import Trainer
 from megatron_r1.types import Prompt, Sample
@@ -70,14 +70,14 @@ def save_start(world: World, root: str, preset: str) -> None:
     checkpoint_io.save(Path(root), trainer, {}, None, keep=1)
 
 
-def objective_of(kind: str, batch: list[Sample], trainer: Trainer, world: World) -> Objective:
+def objective_of(kind: str, batch: list[Sample], world: World) -> Objective:
     if kind == "lm":
-        return LanguageModelObjective()
-    return PolicyObjective(LOSS, count(batch), 64, 1.0, int(trainer.arch["vocab_size"]), world)
+        return LanguageModelObjective(mtp_loss=0.1)
+    return PolicyObjective(LOSS, CorrectionConfig(), (), count(batch), 64, 1.0, world)
 
 
-def micro_batches(batch: list[Sample], world: World) -> list[Any]:
-    return own_micro_batches(batch, world, max_tokens=160, pad_id=0)
+def micro_batches(batch: list[Sample], trainer: Trainer, packed: bool = True) -> list[Any]:
+    return Batcher(trainer.world, 160, pad_id=0, packed=packed)(batch, trainer.mtp_depths)
 
 
 def train(world: World, root: str, preset: str, kind: str, steps: int, saved: str) -> list[tuple[float, float]]:
@@ -87,7 +87,7 @@ def train(world: World, root: str, preset: str, kind: str, steps: int, saved: st
     history = []
     for step in range(steps):
         batch = samples(seed=step)
-        result = trainer.train_step(micro_batches(batch, world), objective_of(kind, batch, trainer, world))
+        result = trainer.train_step(micro_batches(batch, trainer), objective_of(kind, batch, world))
         history.append((result.sums["loss" if kind == "grpo" else "nll"], result.grad_norm))
     checkpoint_io.save(Path(saved) / layout_name(world), trainer, {}, None, keep=1)
     return history
@@ -98,7 +98,7 @@ def resume(world: World, root: str, preset: str, kind: str, step: int) -> tuple[
     trainer = make_trainer(world, preset, mtp=kind == "lm")
     checkpoint_io.load(folders.folder(Path(root), step), trainer, None)
     batch = samples(seed=step)
-    result = trainer.train_step(micro_batches(batch, world), objective_of(kind, batch, trainer, world))
+    result = trainer.train_step(micro_batches(batch, trainer), objective_of(kind, batch, world))
     return result.sums["loss" if kind == "grpo" else "nll"], result.grad_norm
 
 
@@ -117,15 +117,15 @@ def generate(world: World, root: str, preset: str) -> tuple[list[list[list[int]]
         Prompt(id=t, question=t, text=t, token_ids=TOKENIZER.encode(t), answer=None, verifier="integer") for t in texts
     ]
     sampling = SamplingConfig(max_new_tokens=24, temperature=0.8, batch_size=5)
-    mine = prompts[world.data_rank :: world.data_size]
+    mine = prompts[world.replica_rank :: world.replicas]
     shares = world.all_gather_replicas(engine.generate(mine, 3, sampling, seed=7))
-    found = [shares[i % world.data_size][i // world.data_size] for i in range(len(prompts))]
+    found = [shares[i % world.replicas][i // world.replicas] for i in range(len(prompts))]
     flat = [
         Sample(token_ids=[*p.token_ids, *c.token_ids], prompt_length=len(p.token_ids))
         for p, row in zip(prompts, found, strict=True)
         for c in row
     ]
-    again = compute_log_probs(trainer, flat, temperature=0.8, max_tokens=300, pad_id=0)
+    again = [s.log_probs for s in compute_log_probs(trainer, flat, Batcher(world, 300, 0), temperature=0.8)]
     kept = [c.log_probs for row in found for c in row]
     gap = max(abs(a - b) for x, y in zip(again, kept, strict=True) for a, b in zip(x, y, strict=True))
     return [[c.token_ids for c in row] for row in found], gap

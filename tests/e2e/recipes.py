@@ -93,6 +93,8 @@ reward = [{ kind = "accuracy" }, { kind = "format", weight = 0.5 }]
 prompts = 4
 group_size = 4
 minibatches = 2
+routing_replay = "rollout"
+mtp_loss = 0.1
 
 [stage.grpo.loss]
 clip_low = 0.2

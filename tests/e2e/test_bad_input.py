@@ -28,7 +28,7 @@ MISTAKES: dict[str, tuple[list[str], list[str]]] = {
         ["pipeline (2) must divide num_hidden_layers (3; allowed: 1, 3)"],
     ),
     "nproc and layout": (["--nproc", "3", "parallel.tensor=2"], ["must divide the number of processes (3)", "e.g. 4"]),
-    "nproc and prompts": (["--nproc", "3"], ["grpo.prompts = 4", "3 data-parallel replicas"]),
+    "nproc and prompts": (["--nproc", "3"], ["grpo.prompts = 4", "3 data- and context-parallel replicas"]),
     "template": (['stage.r1-zero.prompts.template="Solve it."'], ["'Solve it.' has no {prompt}"]),
     "vocabulary": (["model.override.vocab_size=50"], ["tokenizer has 102 tokens", "vocab_size is 50"]),
     "preset": (['model.preset="tiny-mow"'], ["there is no 'tiny-mow'", "did you mean 'tiny-moe'?"]),

@@ -64,8 +64,8 @@ def step(trainer: Any, seed: int) -> tuple[float, float, float]:
     samples = [
         Sample(token_ids=[draw.randrange(VOCAB) for _ in range(draw.randint(5, 20))], prompt_length=1) for _ in range(8)
     ]
-    (batches,) = make_micro_batches(samples, max_tokens=64, pad_id=0)
-    result = trainer.train_step(batches, LanguageModelObjective())
+    (batches,) = make_micro_batches(samples, 64, 0, packed=True, mtp_depths=trainer.mtp_depths)
+    result = trainer.train_step(batches, LanguageModelObjective(mtp_loss=0.1))
     return result.sums["nll"], result.grad_norm, result.lr
 
 

@@ -12,7 +12,7 @@ DOCS = Path(__file__).parents[3] / "docs" / "configuration.md"
 def test_types_defaults_and_meanings() -> None:
     text = describe()
     assert "- `clip_low`: number > 0; default: 10.0\n  Lower clip 1 - clip_low." in text
-    assert '- `precision`: "fp32" or "bf16"; default: "fp32"' in text
+    assert '- `precision`: "fp32" or "bf16" or "fp8-blockwise" or "fp8-emulated"; default: "fp32"' in text
     assert "- `from`: string; default: not set" in text
     assert "- `group_size`: integer >= 2; default: 16" in text
     assert "- `top_p`: number > 0, <= 1; default: 1.0" in text

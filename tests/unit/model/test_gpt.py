@@ -1,6 +1,8 @@
-"""PolicyModel: logits without labels, losses with them, whatever the extra prediction layers."""
+"""PolicyModel: logits without a query, log-probs of chosen tokens with one, whatever the extra prediction layers."""
 
 from __future__ import annotations
+
+from typing import Any
 
 import pytest
 import torch
@@ -23,26 +25,80 @@ def build(world: World, preset: str, **fields: object) -> torch.nn.Module:
     return build_model(architecture(config, VOCAB), config, world)[0].eval()
 
 
+INDEX = torch.tensor([0, 5, 7, 11, 12, 20])  # flat positions b * 12 + t, in both rows
+
+
+def query(labels: torch.Tensor = LABELS, **fields: Any) -> Any:
+    from megatron_r1.model.gpt import TokenQuery
+
+    return TokenQuery(INDEX, labels.flatten()[INDEX], **fields)
+
+
 @pytest.mark.parametrize("preset", ["tiny-moe", "tiny-dense"])
-def test_labels_give_the_negative_log_probs_of_the_logits(world: World, preset: str) -> None:
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+def test_a_query_gives_log_probs_and_entropy_of_the_logits(world: World, preset: str, temperature: float) -> None:
     model = build(world, preset)
     with torch.no_grad():
         logits = model(TOKENS, POSITIONS, None)
-        losses = model(TOKENS, POSITIONS, None, labels=LABELS, loss_mask=torch.ones(2, 12))
+        log_probs, entropy = model(TOKENS, POSITIONS, None, query=query(temperature=temperature))
     assert logits.shape == (2, 12, VOCAB)
-    expected, _ = slow_log_probs(logits, LABELS, VOCAB, 1.0)
-    torch.testing.assert_close(losses.double(), -expected, rtol=0, atol=5e-6)
+    expected = slow_log_probs(logits, LABELS, VOCAB, temperature)
+    torch.testing.assert_close(log_probs.double(), expected[0].flatten()[INDEX], rtol=0, atol=5e-6)
+    torch.testing.assert_close(entropy.double(), expected[1].flatten()[INDEX], rtol=0, atol=5e-6)
 
 
-def test_the_loss_ignores_the_padding_of_the_vocabulary(world: World) -> None:
+def test_the_padding_of_the_vocabulary_does_not_count(world: World) -> None:
     model = build(world, "tiny-dense")
     model.unpadded_vocab = 60
     labels = LABELS.clamp(max=59)
     with torch.no_grad():
         logits = model(TOKENS, POSITIONS, None)
-        losses = model(TOKENS, POSITIONS, None, labels=labels)
+        log_probs, _ = model(TOKENS, POSITIONS, None, query=query(labels))
     expected, _ = slow_log_probs(logits, labels, 60, 1.0)
-    torch.testing.assert_close(losses.double(), -expected, rtol=0, atol=5e-6)
+    torch.testing.assert_close(log_probs.double(), expected.flatten()[INDEX], rtol=0, atol=5e-6)
+
+
+def test_the_look_ahead_loss_is_megatron_s_own(world: World) -> None:
+    """Megatron's forward with labels adds the multi-token-prediction loss's gradient to the trunk's."""
+    from megatron.core.models.gpt import GPTModel
+    from megatron.core.transformer.multi_token_prediction import MTPLossAutoScaler
+
+    model = build(world, "tiny-moe").train()
+    labels = torch.cat([TOKENS[:, 1:], torch.zeros(2, 1, dtype=torch.int64)], dim=1)
+    mask = torch.ones(2, 12)
+    mask[:, :4] = mask[:, -1] = 0
+    model.config.mtp_loss_scaling_factor = 0.3
+    MTPLossAutoScaler.set_loss_scale(torch.tensor(1.0))
+    stock = GPTModel._postprocess  # the one that PolicyModel replaces
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(type(model), "_postprocess", stock)
+        (model(TOKENS, POSITIONS, None, labels=labels, loss_mask=mask) * mask).sum().backward()
+    expected = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+    model.zero_grad()
+    learned = mask.flatten().nonzero()[:, 0]
+    ahead = learned[(learned % 12) >= 1] - 1
+    from megatron_r1.model.gpt import TokenQuery
+
+    asked = TokenQuery(learned, labels.flatten()[learned], ahead=((ahead, labels.flatten()[ahead + 1]),))
+    log_probs, _ = model(TOKENS, POSITIONS, None, query=asked)
+    (-log_probs[: len(learned)].sum() - 0.3 * log_probs[len(learned) :].sum()).backward()
+    found = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+    assert found.keys() == expected.keys() and any(name.startswith("mtp.") for name in found)
+    for name, gradient in expected.items():
+        torch.testing.assert_close(found[name], gradient, rtol=1e-4, atol=1e-6 * float(gradient.abs().max()) + 1e-7)
+
+
+@pytest.mark.parametrize("recompute", ["none", "full"])
+def test_a_detached_look_ahead_trains_only_its_own_layers(world: World, recompute: str) -> None:
+    model = build(world, "tiny-moe", recompute=recompute).train()
+    ahead = ((INDEX[1:2], LABELS.flatten()[INDEX[1:2]]),)
+    output = model(TOKENS, POSITIONS, None, query=query(ahead=ahead, detach_ahead=True))
+    output[0, len(INDEX) :].sum().backward()
+    touched = {name for name, p in model.named_parameters() if p.grad is not None and p.grad.any()}
+    assert touched and all(name.startswith("mtp.") for name in touched)
+    assert any("eh_proj" in name for name in touched) and any("self_attention" in name for name in touched)
+    with torch.no_grad():  # and it leaves the policy's own log-probs alone
+        assert torch.equal(output[:, : len(INDEX)], model(TOKENS, POSITIONS, None, query=query()))
 
 
 def test_prediction_layers_leave_the_logits_alone(world: World) -> None:

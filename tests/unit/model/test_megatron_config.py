@@ -27,7 +27,7 @@ def build(
 
     chosen = ModelConfig(preset=preset, megatron=megatron or {}, **model)
     whole = {**architecture(chosen, 96), **(arch or {})}
-    return transformer_config(whole, chosen, layout or ParallelConfig(), on_cpu=on_cpu, mtp_loss=0.3)
+    return transformer_config(whole, chosen, layout or ParallelConfig(), on_cpu=on_cpu)
 
 
 def refusal(**arguments: Any) -> str:
@@ -51,7 +51,7 @@ def test_every_mechanism_of_deepseek_v3_is_on_in_the_tiny_model(world: World) ->
     dense = arch["first_k_dense_replace"]
     assert dense >= 1 and config.moe_layer_freq == [0] * dense + [1] * (arch["num_hidden_layers"] - dense)
     assert 1 in config.moe_layer_freq
-    assert (config.mtp_num_layers, config.mtp_loss_scaling_factor) == (1, 0.3)
+    assert config.mtp_num_layers == 1
 
 
 def test_the_full_model_by_value(world: World) -> None:
@@ -201,10 +201,6 @@ def test_every_reserved_field_exists(world: World) -> None:
         (
             {"megatron": {"moe_router_load_balancing_type": ["aux_loss", "seq_aux_loss"]}},
             ["moe_router_load_balancing_type = seq_aux_loss"],
-        ),
-        (
-            {"megatron": {"moe_token_dispatcher_type": "allgather"}},
-            ["moe_token_dispatcher_type = allgather needs micro-batches of equal length", "use alltoall"],
         ),
         (
             {"arch": {"norm_topk_prob": False}},

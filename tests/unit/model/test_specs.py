@@ -25,7 +25,7 @@ def config(**fields: Any) -> Any:
 
 
 def core_attention(width: int, scale: float | None = None) -> torch.nn.Module:
-    from megatron_r1.model.specs import TorchCoreAttention
+    from megatron_r1.model.attention import TorchCoreAttention
 
     return TorchCoreAttention(config(), 1, None, "self", softmax_scale=scale, k_channels=width)
 
@@ -128,7 +128,8 @@ def modules_of(preset: str, world: World) -> dict[str, torch.nn.Module]:
 def test_every_norm_and_attention_of_a_model_is_ours(world: World, preset: str) -> None:
     from megatron.core.transformer.identity_op import IdentityOp
 
-    from megatron_r1.model.specs import ReplicatedLinear, ReplicatedMLASelfAttention, TorchCoreAttention, TorchRMSNorm
+    from megatron_r1.model.attention import TorchCoreAttention
+    from megatron_r1.model.specs import ReplicatedLinear, ReplicatedMLASelfAttention, TorchRMSNorm
 
     modules = modules_of(preset, world)
     norms = {type(m) for name, m in modules.items() if "norm" in name.rsplit(".", 1)[-1]}
@@ -157,10 +158,3 @@ def test_the_latent_softmax_scale_has_yarn_s_factor(world: World, tmp_path: Path
     plain = ModelConfig(config=file)
     attention = build_model(architecture(plain, 96), plain, world)[0].decoder.layers[0].self_attention
     assert attention.core_attention.scale == pytest.approx(1 / math.sqrt(24), rel=1e-6)
-
-
-def test_packing_together_with_context_parallelism_is_refused(world: World) -> None:
-    attention = core_attention(6)
-    attention.context_size = 2
-    with pytest.raises(ValueError, match="packed sequences together with context parallelism"):
-        attention(*[torch.zeros(2, 1, 1)] * 3, packed_seq_params=SimpleNamespace(cu_seqlens_q=torch.tensor([0, 2])))

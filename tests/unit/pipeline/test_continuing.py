@@ -56,6 +56,7 @@ def run(tmp_path: Path) -> RunDir:
         {"stage__i1__steps": 9},
         {"stage__i1__optimizer": {"lr": 1e-5}},
         {"threads": 2},
+        {"model": {"preset": "tiny-moe", "recompute": "selective", "recompute_modules": ["mlp"]}},
     ],
 )
 def test_what_may_change(run: RunDir, changes: dict[str, Any]) -> None:
@@ -68,6 +69,7 @@ def test_what_may_change(run: RunDir, changes: dict[str, Any]) -> None:
         ({"seed": 7}, "seed: was 1, now 7"),
         ({"model": {"preset": "tiny-dense"}}, "model.preset: was 'tiny-moe', now 'tiny-dense'"),
         ({"model": {"preset": "tiny-moe", "mtp": False}}, "model.mtp: was not set, now False"),
+        ({"model": {"preset": "tiny-moe", "precision": "bf16"}}, "model.precision: was 'fp32', now 'bf16'"),
         ({"tokenizer": {"kind": "byte"}}, "tokenizer.kind: was 'char', now 'byte'"),
         ({"stage__i0__optimizer": {"lr": 1e-5}}, "stage.one.optimizer.lr: was 0.0001, now 1e-05"),
         ({"stage__i0__steps": 4}, "stage.one.steps: was 3, now 4"),

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from megatron_r1.config.errors import UserError
-from megatron_r1.config.model import ModelConfig, ParallelConfig, TokenizerConfig
+from megatron_r1.config.model import ModelConfig, TokenizerConfig
 from megatron_r1.config.optim import SamplingConfig
 from megatron_r1.data.tokenizers import build_tokenizer
 from megatron_r1.model.presets import architecture
@@ -202,13 +202,3 @@ def test_versions_progress_and_no_prompts(engine: Any) -> None:
     assert {c.weight_versions for group in groups for c in group} == {(7, 7)}
     assert seen == [(4, 6), (6, 6)]
     assert engine.generate([], 3, sampling(), 0) == []
-
-
-def test_context_parallelism_is_refused(model: torch.nn.Module, world: World) -> None:
-    import dataclasses
-
-    from megatron_r1.rollout.megatron import MegatronEngine
-
-    other = dataclasses.replace(world, layout=ParallelConfig(context=2))
-    with pytest.raises(UserError, match=r"parallel\.context > 1: the in-process rollout engine cannot decode"):
-        MegatronEngine([model], other, TOKENIZER, TOKENIZER.vocab_size, MAX_LENGTH)

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from megatron_r1.algorithms.weights import count
-from megatron_r1.config.grpo import LossConfig
+from megatron_r1.config.grpo import CorrectionConfig, LossConfig
 from megatron_r1.config.model import ModelConfig
 from megatron_r1.config.optim import OptimizerConfig
 from megatron_r1.data.batching import MicroBatch, make_micro_batches
@@ -20,7 +20,7 @@ from tests.reference.log_probs import slow_log_probs
 
 VOCAB = 96
 TEMPERATURE = 0.8
-OPTIMIZER = OptimizerConfig(lr=1e-2, weight_decay=0.1, clip_grad=0.5, warmup_steps=2, eps=1e-8)
+OPTIMIZER = OptimizerConfig(lr=1e-2, weight_decay=0.1, clip_grad=0.5, warmup_steps=2, eps=1e-6)
 
 
 def samples(number: int = 6) -> list[Sample]:
@@ -46,8 +46,8 @@ def make_trainer(world: World, preset: str = "tiny-dense", **arguments: Any) -> 
     return Trainer(architecture(model, VOCAB), model, world, OPTIMIZER, steps=10, **arguments)
 
 
-def batches(max_tokens: int = 40) -> list[MicroBatch]:
-    return make_micro_batches(samples(), max_tokens=max_tokens, pad_id=0)[0]
+def batches(max_tokens: int = 40, *, packed: bool = True, mtp_depths: int = 0) -> list[MicroBatch]:
+    return make_micro_batches(samples(), max_tokens, 0, packed=packed, mtp_depths=mtp_depths)[0]
 
 
 def response_log_probs(model: torch.nn.Module, sample: Sample, temperature: float) -> torch.Tensor:
@@ -89,18 +89,19 @@ def objective(kind: str, world: World) -> Any:
     from megatron_r1.train.objectives import LanguageModelObjective, PolicyObjective
 
     if kind == "language":
-        return LanguageModelObjective()
+        return LanguageModelObjective(mtp_loss=0.3)
     config = LossConfig(kl_coefficient=0.04)
-    return PolicyObjective(config, count(samples()), 64, TEMPERATURE, VOCAB, world)
+    return PolicyObjective(config, CorrectionConfig(), (), count(samples()), 64, TEMPERATURE, world)
 
 
 @pytest.mark.parametrize("kind", ["language", "policy"])
 @pytest.mark.parametrize("max_tokens", [1, 40, 10_000])
-def test_loss_and_gradient_equal_plain_autograd(world: World, kind: str, max_tokens: int) -> None:
+@pytest.mark.parametrize("packed", [True, False])
+def test_loss_and_gradient_equal_plain_autograd(world: World, kind: str, max_tokens: int, packed: bool) -> None:
     trainer = make_trainer(world)
     loss = {"language": language_loss, "policy": policy_loss}[kind](trainer.models[0])
     expected = gradients(trainer.models[0], loss)
-    result = trainer.train_step(batches(max_tokens), objective(kind, world))
+    result = trainer.train_step(batches(max_tokens, packed=packed), objective(kind, world))
     found = {name: p.main_grad for name, p in trainer.models[0].named_parameters()}
     scale = min(1.0, OPTIMIZER.clip_grad / (norm(expected) + 1e-6))  # main_grad is what was clipped
     assert result.grad_norm == pytest.approx(norm(expected), rel=1e-5)
@@ -146,7 +147,7 @@ def test_what_is_frozen_stays(world: World) -> None:
         trainer = make_trainer(world, "tiny-moe", train_mtp=not frozen, expert_bias_frozen=frozen)
         before = state(trainer)
         for _ in range(2):  # the first has learning rate 0
-            trainer.train_step(batches(), objective("language", world))
+            trainer.train_step(batches(mtp_depths=trainer.mtp_depths), objective("language", world))
         moved[frozen] = {name for name, value in state(trainer).items() if not torch.equal(value, before[name])}
     biases = {name for name in before if name.endswith("expert_bias")}
     layers = {name for name in before if name.startswith("mtp.")}
@@ -156,16 +157,24 @@ def test_what_is_frozen_stays(world: World) -> None:
     assert "decoder.final_layernorm.weight" in moved[True]
 
 
-def test_an_expert_bias_moves_by_its_rate(world: World) -> None:
-    """DeepSeek-V3 (arXiv 2412.19437), section 2.1.2: up by gamma where the load is below the mean, else down."""
+@pytest.mark.parametrize("packed", [True, False])
+def test_an_expert_bias_moves_by_its_rate(world: World, packed: bool) -> None:
+    """DeepSeek-V3 (arXiv 2412.19437), section 2.1.2: up by gamma where the load is below the mean, else down.
+
+    Padding is no load.
+    """
     trainer = make_trainer(world, "tiny-moe")
     router = next(m for n, m in trainer.models[0].named_modules() if n.startswith("decoder") and n.endswith("router"))
     before = router.expert_bias.clone()
+    cut = batches(packed=packed)
+    real = [batch.valid_BT.T.flatten() for batch in cut]  # positions first, then rows
     assigned = []
-    hook = router.register_forward_hook(lambda module, inputs, output: assigned.append(output[1].sum(0)))
-    trainer.train_step(batches(), objective("language", world))
+    hook = router.register_forward_hook(lambda module, inputs, output: assigned.append(output[1]))
+    result = trainer.train_step(cut, objective("language", world))
     hook.remove()
-    load = torch.stack(assigned).sum(0).float()
+    load = torch.stack([chosen[valid].sum(0) for chosen, valid in zip(assigned, real, strict=True)]).sum(0).float()
+    assert load.sum() == sum(len(sample.token_ids) for sample in samples()) * router.topk
     assert load.max() > load.min()
     expected = before + 1e-3 * torch.sign(load.mean() - load)
     torch.testing.assert_close(router.expert_bias, expected, rtol=0, atol=1e-7)
+    assert result.routing["moe/max_violation"] == pytest.approx(float(load.max() / load.mean()) - 1)
