@@ -3,7 +3,8 @@
     python benchmarks/fp8_effect.py --steps 1000
 
 Pre-trains tiny-moe on generated sums in fp32, bf16 and fp8-emulated (both kinds of scales) from the same weights on the
-same batches, and compares the loss curves. Then the fp32 run's weights score held-out documents in each precision: the
+same batches, and compares the loss curves; a second fp32 run whose start is moved by a relative 1e-6 shows how far
+curves part by rounding alone. Then the fp32 run's weights score held-out documents in each precision: the
 differences in log-prob are what a trainer and a rollout engine of different precision would disagree by. Prints a
 table, then one JSON object on the last line.
 """
@@ -13,14 +14,12 @@ from __future__ import annotations
 import argparse
 import json
 import logging
-import platform
 import statistics
-import subprocess
 import time
-from pathlib import Path
 from typing import Any
 
 import torch
+from machine import commit, machine
 
 from megatron_r1.config.data import CorpusConfig
 from megatron_r1.config.model import ModelConfig, ParallelConfig, TokenizerConfig
@@ -33,9 +32,10 @@ from megatron_r1.train.micro_batches import Batcher
 from megatron_r1.train.objectives import LanguageModelObjective
 from megatron_r1.train.trainer import Trainer
 
-ROOT = Path(__file__).resolve().parents[1]
+NOISE = "fp32, start moved by 1e-6"
 KINDS: dict[str, dict[str, Any]] = {
     "fp32": {"precision": "fp32"},
+    NOISE: {"precision": "fp32"},
     "bf16": {"precision": "bf16"},
     "fp8, fp32 scales": {"precision": "fp8-emulated", "fp8_scales": "fp32"},
     "fp8, power-of-2 scales": {"precision": "fp8-emulated", "fp8_scales": "power-of-2"},
@@ -53,6 +53,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=1000)
     parser.add_argument("--documents", type=int, default=300, help="held-out documents that are scored")
     parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--kinds", nargs="+", choices=KINDS, default=list(KINDS), help="rows besides fp32")
     arguments = parser.parse_args()
     logging.getLogger("megatron.core").setLevel(logging.ERROR)
     torch.set_num_threads(1)
@@ -64,9 +65,9 @@ def main() -> None:
     exact = torch.empty(0)  # the fp32 scores, the first
     rows: dict[str, dict[str, float]] = {}
     losses: dict[str, list[float]] = {}
-    for kind in KINDS:
+    for kind in ("fp32", *(kind for kind in arguments.kinds if kind != "fp32")):
         trainer = build(world, tokenizer, kind, arguments.steps)
-        load(trainer, start)
+        load(trainer, moved(start) if kind == NOISE else start)
         losses[kind], seconds = train(trainer, world, tokenizer, arguments.steps, arguments.seed)
         trained = trained or {k: v.clone() for k, v in trainer.models[0].state_dict().items() if torch.is_tensor(v)}
         load(trainer, trained)
@@ -90,6 +91,15 @@ def load(trainer: Trainer, weights: dict[str, Any]) -> None:
     """These weights, and master weights made from them."""
     trainer.models[0].load_state_dict(weights, strict=False)
     trainer.optimizer.reload_model_params()
+
+
+def moved(weights: dict[str, Any]) -> dict[str, Any]:
+    """The weights with a relative noise of 1e-6: what rounding alone makes of a training run."""
+    draw = torch.Generator().manual_seed(0)
+    return {
+        name: value * (1 + 1e-6 * torch.randn(value.shape, generator=draw)) if value.is_floating_point() else value
+        for name, value in weights.items()
+    }
 
 
 def train(
@@ -144,21 +154,6 @@ def table(rows: dict[str, dict[str, float]]) -> str:
     lines = ["| precision | " + " | ".join(COLUMNS) + " |", "|---" * (len(COLUMNS) + 1) + "|"]
     lines += [f"| {kind} | " + " | ".join(f"{row[c]:.3g}" for c in COLUMNS) + " |" for kind, row in rows.items()]
     return "\n".join(lines)
-
-
-def machine() -> str:
-    """Processor, cores and system, as far as they name themselves."""
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.exists() else []
-    model = next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), "")
-    cores = sum(line.startswith("processor") for line in lines)
-    return f"{model or platform.machine()}, {cores} cores, {platform.system()}, Python {platform.python_version()}"
-
-
-def commit() -> str:
-    """The commit that ran, marked where the tree had changes."""
-    command = ["git", "describe", "--always", "--dirty", "--abbrev=12"]
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True).stdout.strip() or "unknown"
 
 
 if __name__ == "__main__":

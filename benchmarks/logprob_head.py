@@ -20,7 +20,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import platform
 import subprocess
 import sys
 import tempfile
@@ -29,8 +28,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from machine import ROOT, commit, machine
 
-ROOT = Path(__file__).resolve().parents[1]
 SIDES = ("full", "head")
 
 
@@ -136,21 +135,6 @@ def table(best: dict[str, dict[str, float]], passes: dict[str, list[dict[str, An
         every = ", ".join(f"{p['seconds']:.2f}" for p in passes[side])
         lines.append(f"| {side} | {best[side]['extra_bytes'] / 1e6:.0f} | {best[side]['seconds']:.2f} | {every} |")
     return "\n".join(lines)
-
-
-def machine() -> str:
-    """Processor, cores and versions."""
-    lines = Path("/proc/cpuinfo").read_text().splitlines()
-    model = next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), "unknown CPU")
-    return f"{model}, {os.cpu_count()} cores, Python {platform.python_version()}, torch {torch.__version__}"
-
-
-def commit() -> str:
-    """The commit that ran, marked where the tree had changes."""
-    done = subprocess.run(
-        ["git", "describe", "--always", "--dirty", "--abbrev=12"], cwd=ROOT, capture_output=True, text=True
-    )
-    return done.stdout.strip() or "unknown"
 
 
 if __name__ == "__main__":

@@ -20,18 +20,14 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
-import platform
-import subprocess
 import time
 from collections.abc import Sequence
-from pathlib import Path
 
 import numpy as np
+from machine import commit, machine
 
 from megatron_r1.data.packing import Rows, cut, pack, round_up
 
-ROOT = Path(__file__).resolve().parents[1]
 COLUMNS = ("density", "computed", "imbalance", "squares", "waiting", "seconds")
 HIGHER_IS_BETTER = ("density", "computed")
 
@@ -131,21 +127,6 @@ def table(sides: dict[str, list[dict[str, float]]]) -> str:
             cells = [f"{row[name]:.2f}" if name == "seconds" else f"{100 * row[name]:.2f} %" for name in COLUMNS]
             lines.append(f"| {side} | {row['shards']:.0f} | {row['rows']:.0f} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
-
-
-def machine() -> str:
-    """Processor, cores and versions."""
-    lines = Path("/proc/cpuinfo").read_text().splitlines()
-    model = next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), "unknown CPU")
-    return f"{model}, {os.cpu_count()} cores, Python {platform.python_version()}"
-
-
-def commit() -> str:
-    """The commit that ran, marked where the tree had changes."""
-    done = subprocess.run(
-        ["git", "describe", "--always", "--dirty", "--abbrev=12"], cwd=ROOT, capture_output=True, text=True
-    )
-    return done.stdout.strip() or "unknown"
 
 
 if __name__ == "__main__":

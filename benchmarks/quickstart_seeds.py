@@ -10,13 +10,13 @@ from __future__ import annotations
 
 import argparse
 import json
-import platform
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parents[1]
+from machine import ROOT, commit, machine
+
 RECIPE = ROOT / "examples" / "quickstart" / "recipe.toml"
 COLUMNS = ("pass@1_before", "pass@1", "cons@16_before", "cons@16", "mean_tokens_before", "mean_tokens", "seconds")
 
@@ -62,23 +62,6 @@ def table(rows: dict[int, dict[str, Any]]) -> str:
         cells = [f"{100 * row[c]:.1f} %" if "@" in c else f"{row[c]:.1f}" for c in COLUMNS]
         lines.append(f"| {seed} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
-
-
-def machine() -> str:
-    """Processor and system, as far as they name themselves."""
-    model = next(
-        (line.split(":", 1)[1].strip() for line in _lines("/proc/cpuinfo") if line.startswith("model name")),
-        platform.processor() or platform.machine(),
-    )
-    return f"{model}, {platform.system()}, Python {platform.python_version()}"
-
-
-def commit() -> str:
-    """The commit that ran, marked where the tree had changes."""
-    done = subprocess.run(
-        ["git", "describe", "--always", "--dirty", "--abbrev=12"], cwd=ROOT, capture_output=True, text=True
-    )
-    return done.stdout.strip() or "unknown"
 
 
 def _lines(path: str) -> list[str]:

@@ -1,4 +1,4 @@
-"""What flows between the rooms: Prompt -> Completion (with its Score) -> Group -> Sample.
+"""What flows between the rooms: Prompt -> Completion (with its Score) -> Group -> Sample; PreferencePair -> Sample.
 
 Every list marked [T] is aligned with `Completion.token_ids`. A group is an object, never a reshape of a flat
 list, so uneven or failed groups stay correct by construction. Nothing here imports torch: a `Sample` becomes
@@ -106,3 +106,16 @@ class Sample:
     def response_length(self) -> int:
         """T, the number of response tokens."""
         return len(self.token_ids) - self.prompt_length
+
+
+@dataclass(kw_only=True, slots=True)
+class PreferencePair:
+    """Two answers to one prompt, of which the first is preferred.
+
+    Example: PreferencePair(id="pairs.jsonl:17", question="5-6+9=?", chosen=Sample(...), rejected=Sample(...)).
+    """
+
+    id: str  # "<source>:<index>"
+    question: str  # the raw prompt, before the template
+    chosen: Sample  # prompt, answer, end-of-sequence
+    rejected: Sample

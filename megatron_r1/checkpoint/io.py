@@ -8,6 +8,7 @@ layout can load them.
 from __future__ import annotations
 
 import dataclasses
+import logging
 import queue
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -27,7 +28,10 @@ from megatron_r1.checkpoint import folders
 from megatron_r1.config.errors import UserError
 from megatron_r1.model.gpt import PolicyModel
 from megatron_r1.model.reference import Reference
+from megatron_r1.model.scalar_head import HEAD, RewardModel
 from megatron_r1.parallel.world import World
+
+logger = logging.getLogger(__name__)
 
 _REFERENCE = "reference."
 # Of an OSError that Megatron's writers or torch have wrapped; torch says either, by where in a file the disk ends.
@@ -119,9 +123,26 @@ def _restore_group_settings(optimizer: Any, settings: list[dict[str, Any]]) -> N
 
 
 def load_weights(path: Path, trainer: TrainingState) -> None:
-    """Only the model's weights (a stage that starts from another's result). Collective."""
+    """Only the model's weights (a stage that starts from another's result). Collective.
+
+    A reward model that starts from a language model keeps its own head. Raises UserError the other way round.
+    """
     folders.check(path)
-    _load_models(trainer, _load(_model_state(trainer), path))
+    wants_head = isinstance(trainer.models[0], RewardModel)
+    has_head = HEAD in dist_checkpointing.load_tensors_metadata(str(path))
+    if has_head and not wants_head:
+        raise UserError(
+            f"checkpoint {path} holds a reward model, which has a scalar head instead of an output layer: only a "
+            "reward_model stage can start from it. Set `from` to a stage that trained a language model"
+        )
+    state = _model_state(trainer)
+    fresh = {key: part.pop(HEAD).data for key, part in state.items() if HEAD in part} if not has_head else {}
+    loaded = _load(state, path)
+    for key, weight in fresh.items():
+        loaded[key][HEAD] = weight
+    if wants_head and not has_head:
+        logger.info("%s holds a language model: the scalar head of the reward model is new", path)
+    _load_models(trainer, loaded)
     trainer.optimizer.reload_model_params()
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 from pydantic import Field, PositiveFloat, PositiveInt, model_validator
 
@@ -12,8 +12,19 @@ from megatron_r1.config.base import Table
 R1_ZERO_TEMPLATE = "r1-zero"
 
 
+def check_template(template: str) -> None:
+    """Raise ValueError for a template that is neither a known name nor a text with a place for the question."""
+    if template not in (R1_ZERO_TEMPLATE, "plain") and "{prompt}" not in template:
+        raise ValueError(
+            f"template {template!r} has no {{prompt}} field; write it where the question goes, "
+            'or use "r1-zero" or "plain"'
+        )
+
+
 class PromptsConfig(Table):
     """One source of verifiable prompts."""
+
+    table: ClassVar[str] = "prompts"
 
     source: Literal["jsonl", "parquet", "datasets", "generator", "reasoning_gym"]
     """jsonl, parquet: files; datasets: a Hugging Face `datasets` folder or builder on local files; generator: the
@@ -47,12 +58,47 @@ class PromptsConfig(Table):
             raise ValueError(f"source {self.source!r} needs `path`")
         if not needs_path and self.task is None:
             raise ValueError(f"source {self.source!r} needs `task`")
-        if self.template not in (R1_ZERO_TEMPLATE, "plain") and "{prompt}" not in self.template:
-            raise ValueError(
-                f"template {self.template!r} has no {{prompt}} field; write it where the question goes, "
-                'or use "r1-zero" or "plain"'
-            )
+        check_template(self.template)
         return self
+
+    @property
+    def columns(self) -> dict[str, str]:
+        """Setting -> the column that it names and a file must have."""
+        return {"question_key": self.question_key, "answer_key": self.answer_key}
+
+
+class PairsConfig(Table):
+    """One source of preference pairs: rows of a prompt and two answers, all texts, of which one is preferred."""
+
+    table: ClassVar[str] = "pairs"
+
+    source: Literal["jsonl", "parquet"]
+    """jsonl: a file; parquet: a file or a folder of them."""
+    path: Path
+    """The file or folder."""
+    size: PositiveInt | None = None
+    """Use at most this many rows, the first ones."""
+    prompt_key: str = "prompt"
+    """Column of the prompt."""
+    chosen_key: str = "chosen"
+    """Column of the preferred answer."""
+    rejected_key: str = "rejected"
+    """Column of the other answer."""
+    template: str = "plain"
+    """"r1-zero", "plain", or a text that contains `{prompt}`: what the answers follow. Take the one under which the
+    model that is to be scored answers."""
+    shuffle: bool = True
+    """Draw pairs in a new order each epoch."""
+
+    @model_validator(mode="after")
+    def _template(self) -> PairsConfig:
+        check_template(self.template)
+        return self
+
+    @property
+    def columns(self) -> dict[str, str]:
+        """Setting -> the column that it names and a file must have."""
+        return {"prompt_key": self.prompt_key, "chosen_key": self.chosen_key, "rejected_key": self.rejected_key}
 
 
 class CorpusConfig(Table):

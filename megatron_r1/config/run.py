@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 from pydantic import Field, PositiveInt, model_validator
 
 from megatron_r1.config.base import Table
-from megatron_r1.config.data import CorpusConfig, PromptsConfig, RewardConfig
+from megatron_r1.config.data import CorpusConfig, PairsConfig, PromptsConfig, RewardConfig
 from megatron_r1.config.grpo import GrpoConfig
 from megatron_r1.config.model import ModelConfig, ParallelConfig, TokenizerConfig
 from megatron_r1.config.optim import CheckpointConfig, EvalSamplingConfig, OptimizerConfig, SamplingConfig
@@ -71,6 +71,24 @@ class GrpoStage(TrainStage):
         return self
 
 
+class RewardModelStage(TrainStage):
+    """A scalar reward model from preference pairs (Bradley-Terry), on the same trunk as the policy."""
+
+    kind: Literal["reward_model"]
+    pairs: PairsConfig
+    batch: PositiveInt = 256
+    """Pairs of an optimizer step (the paper: a batch of 256, lr = 6e-6, one epoch)."""
+    max_length: PositiveInt = 8192
+    """Longest sequence (prompt with template, answer, end) that is trained on, never more than the model has
+    positions; a pair with a longer one is left out and counted."""
+    heldout: PairsConfig | None = None
+    """Pairs to measure the model on after the last step; training leaves their prompts out."""
+
+    def longest(self, positions: int) -> int:
+        """Most tokens of a sequence, for a model of so many positions."""
+        return min(self.max_length, positions)
+
+
 class EvalStage(StageBase):
     """pass@1, cons@k and pass@k on held-out problems."""
 
@@ -87,7 +105,7 @@ class EvalStage(StageBase):
     """Processes a replica judges answers in; none is started before a verifier needs one."""
 
 
-Stage = Annotated[PretrainStage | GrpoStage | EvalStage, Field(discriminator="kind")]
+Stage = Annotated[PretrainStage | GrpoStage | RewardModelStage | EvalStage, Field(discriminator="kind")]
 
 
 class RunConfig(Table):

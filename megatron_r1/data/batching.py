@@ -32,7 +32,7 @@ class MicroBatch:
     """Sequences that go through the model together; a filler is one row of padding alone, N = L = 0.
 
     Example: tokens [5, 6, 7] with P = 1 and [8, 9] with P = 1, packed: tokens_BT [[5, 6, 7, 8, 9]], positions_BT
-    [[0, 1, 2, 0, 1]], bounds [0, 3, 5], where_NL [[0, 1], [3, -1]], targets_NL [[6, 7], [9, 0]].
+    [[0, 1, 2, 0, 1]], bounds [0, 3, 5], where_NL [[0, 1], [3, -1]], targets_NL [[6, 7], [9, 0]], last_N [2, 4].
     """
 
     tokens_BT: Tensor  # int64; pad_id where valid_BT is False
@@ -48,6 +48,7 @@ class MicroBatch:
     # int64 [D, N, L]; b * T + t from which depth d + 1 of multi-token prediction predicts the same target: d + 1 tokens
     # before where_NL in the same sequence; -1: there is none, or not in this slice
     ahead_DNL: Tensor
+    last_N: Tensor  # int64; b * T + t of the sequence's last token; -1: not in this slice
     advantages_N: Tensor  # float32; one advantage a sequence
     learned_N: Tensor  # int64; learned tokens of the full sequence
     sample_indices: list[int]  # [N], of each sequence in the list that was batched
@@ -79,9 +80,9 @@ class MicroBatch:
     def context_slice(self, size: int, rank: int) -> MicroBatch:
         """What context-parallel rank `rank` of `size` holds; itself when size is 1.
 
-        The model's side is cut along T, zig-zag within each segment (padded: within each row). `where_NL` and
-        `ahead_DNL` become flat positions of the local [B, T / size] grid, -1 where another rank holds the token; the
-        other entries of the loss stay whole.
+        The model's side is cut along T, zig-zag within each segment (padded: within each row). `where_NL`,
+        `ahead_DNL` and `last_N` become flat positions of the local [B, T / size] grid, -1 where another rank holds the
+        token; the other entries of the loss stay whole.
 
         Raises:
             ValueError: a segment that does not divide by 2 * size.
@@ -105,6 +106,7 @@ class MicroBatch:
             valid_BT=self.valid_BT[:, held],
             where_NL=localized(self.where_NL),
             ahead_DNL=localized(self.ahead_DNL),
+            last_N=localized(self.last_N),
             experts_BTKk=None if self.experts_BTKk is None else self.experts_BTKk[:, held],
         )
 
@@ -121,6 +123,7 @@ def make_micro_batches(
     shards: int = 1,
     count_multiple_of: int = 1,
     mtp_depths: int = 0,
+    together: int = 1,
     only_shard: int | None = None,
 ) -> list[list[MicroBatch]]:
     """Cut samples into micro-batches and deal them to data-parallel ranks.
@@ -139,6 +142,7 @@ def make_micro_batches(
         shards: data-parallel ranks.
         count_multiple_of: the number of micro-batches of a shard is a multiple of this.
         mtp_depths: D of `ahead_DNL`.
+        together: each so many samples in a row (2: pairs) come in one micro-batch, next to one another.
         only_shard: build the tensors of this shard alone; the other lists stay empty.
 
     Returns:
@@ -150,13 +154,14 @@ def make_micro_batches(
     """
     for index, sample in enumerate(samples):
         _check_sample(sample, index)
-    lengths = [len(sample.token_ids) for sample in samples]
+    units = _unit_lengths(samples, together, sequence_multiple_of, packed=packed)
     row_multiple = lcm(multiple_of, sequence_multiple_of)
     least_length = round_up(max_tokens, row_multiple) if fixed_length else row_multiple
     if fixed_length and not packed:
         raise ValueError("fixed_length needs packed micro-batches, got packed = False")
-    if fixed_length and max(lengths, default=0) > least_length:
-        raise ValueError(f"a sample of {max(lengths)} tokens does not fit rows of a fixed length of {least_length}")
+    if fixed_length and max(units, default=0) > least_length:
+        what = "a sample" if together == 1 else f"a unit of {together} samples"
+        raise ValueError(f"{what} of {max(units)} tokens does not fit rows of a fixed length of {least_length}")
     collate = _Collate(
         pad_id=pad_id,
         packed=packed,
@@ -169,7 +174,7 @@ def make_micro_batches(
     )
     if packed:
         plan = pack(
-            lengths,
+            units,
             max_tokens,
             shards,
             sequence_multiple_of=sequence_multiple_of,
@@ -177,11 +182,24 @@ def make_micro_batches(
             count_multiple_of=count_multiple_of,
         )
     else:
-        plan = cut(lengths, max_tokens, shards, multiple_of=row_multiple, count_multiple_of=count_multiple_of)
+        plan = cut(units, max_tokens // together, shards, multiple_of=row_multiple, count_multiple_of=count_multiple_of)
     return [
-        [collate(rows, samples) for rows in shard] if only_shard in (None, number) else []
+        [collate([unit * together + i for unit in units for i in range(together)], samples) for units in shard]
+        if only_shard in (None, number)
+        else []
         for number, shard in enumerate(plan)
     ]
+
+
+def _unit_lengths(samples: Sequence[Sample], together: int, multiple_of: int, *, packed: bool) -> list[int]:
+    """Tokens that samples which come together take of a packed row; padded: the longest, which they are padded to."""
+    if len(samples) % together:
+        raise ValueError(f"{len(samples)} samples do not divide into units of {together}")
+    lengths = [len(sample.token_ids) for sample in samples]
+    units = [lengths[i : i + together] for i in range(0, len(lengths), together)]
+    if together == 1 or not packed:
+        return [max(unit) for unit in units]
+    return [sum(round_up(length, multiple_of) for length in unit) for unit in units]
 
 
 def unpad(values_NL: Tensor, micro_batch: MicroBatch, samples: Sequence[Sample]) -> dict[int, list[float]]:
@@ -258,6 +276,9 @@ class _Collate:
             valid_BT=torch.from_numpy(valid.reshape(count, length)),
             bounds=bounds if self.packed else None,
             advantages_N=torch.tensor([sample.advantage for sample in chosen], dtype=torch.float32),
+            last_N=torch.tensor(
+                [start + size - 1 for start, size in zip(starts, sizes, strict=True)], dtype=torch.int64
+            ),
             sample_indices=list(rows),
             experts_BTKk=self._experts(chosen, starts, (count, length)),
             **self._entries(chosen, starts),

@@ -1,4 +1,4 @@
-"""Where training stands in its prompts: what comes next, in which epoch, and what was skipped.
+"""Where training stands in its prompts (or preference pairs): what comes next, in which epoch, and what was skipped.
 
 Between a prompt source and the rollout. Each epoch is a permutation seeded by (seed, epoch), so
 two integers are the whole state and a resumed run sees exactly the prompts it would have seen.
@@ -8,16 +8,17 @@ from __future__ import annotations
 
 from array import array
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 from megatron_r1.config.errors import UserError
 from megatron_r1.data.generators import keyed_random
 from megatron_r1.data.heldout import question_hash
-from megatron_r1.data.prompts import PromptSource, PromptStream
-from megatron_r1.types import Prompt
+from megatron_r1.data.prompts import Asked, PromptSource, PromptStream
+
+Item = TypeVar("Item", bound=Asked)
 
 
-class PromptCursor:
+class PromptCursor(Generic[Item]):
     """Takes prompts from a source, epoch after epoch.
 
     Args:
@@ -30,7 +31,7 @@ class PromptCursor:
 
     def __init__(
         self,
-        source: PromptSource | PromptStream,
+        source: PromptSource[Item] | PromptStream[Item],
         shuffle: bool,
         seed: int,
         exclude: frozenset[str] = frozenset(),
@@ -43,15 +44,15 @@ class PromptCursor:
         self.position = 0  # prompts read of this epoch, those skipped included
         self.excluded = 0  # prompts skipped since the start, over all epochs
         # Reads this epoch from this position on; None: to be opened.
-        self._reader: Iterator[Prompt] | None = None
+        self._reader: Iterator[Item] | None = None
 
-    def take(self, n: int) -> list[Prompt]:
+    def take(self, n: int) -> list[Item]:
         """The next n prompts, going on into the next epoch where this one ends.
 
         Raises:
             UserError: a whole epoch holds no prompt that may be handed out.
         """
-        taken: list[Prompt] = []
+        taken: list[Item] = []
         ends_passed = 0  # since a prompt was last kept
         while len(taken) < n:
             prompt = self._next()
@@ -109,13 +110,13 @@ class PromptCursor:
             "seed": self.seed,
         }
 
-    def _next(self) -> Prompt | None:
+    def _next(self) -> Item | None:
         """The prompt at the current position; None at the end of the epoch."""
         if self._reader is None:
             self._reader = self._read_epoch()
         return next(self._reader, None)
 
-    def _read_epoch(self) -> Iterator[Prompt]:
+    def _read_epoch(self) -> Iterator[Item]:
         if isinstance(self.source, PromptSource):
             order = epoch_order(len(self.source), self.seed if self.shuffle else None, self.epoch)
             return (self.source[index] for index in order[self.position :])

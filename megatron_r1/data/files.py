@@ -1,7 +1,7 @@
 """Readers of a user's files: rows by index (JSON lines, parquet, `datasets`) or streamed in order.
 
-Below `data/prompts.py`, which turns rows into prompts. Everything is local: nothing here asks a
-network.
+Below `data/prompts.py` and `data/preference_pairs.py`, which turn rows into prompts or pairs. Everything is local:
+nothing here asks a network.
 """
 
 from __future__ import annotations
@@ -14,9 +14,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Protocol
 
-from megatron_r1.config.data import PromptsConfig
+from megatron_r1.config.data import PairsConfig, PromptsConfig
 from megatron_r1.config.errors import UserError
-from megatron_r1.data.records import check_columns, read_record
+from megatron_r1.data.records import check_columns, check_row
 
 BUILDERS = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".csv": "csv"}
 """Suffix -> builder of the `datasets` library."""
@@ -37,7 +37,7 @@ class Rows(Protocol):
 class JsonLines:
     """A JSON-lines file, checked whole at the start; memory holds the rows' byte offsets only."""
 
-    def __init__(self, path: Path, config: PromptsConfig) -> None:
+    def __init__(self, path: Path, config: PromptsConfig | PairsConfig) -> None:
         self.path = path
         self._offsets = array("Q")
         self._lines = array("Q")
@@ -47,7 +47,7 @@ class JsonLines:
                 if len(self._offsets) == config.size:
                     break
                 if line.strip():
-                    read_record(self._parse(line, f"{path}:{number}"), config, f"{path}:{number}")
+                    check_row(self._parse(line, f"{path}:{number}"), config, f"{path}:{number}")
                     self._offsets.append(offset)
                     self._lines.append(number)
                 offset += len(line)
@@ -78,7 +78,7 @@ class JsonLines:
 class TableRows:
     """Rows of a parquet file or a folder of them, memory-mapped."""
 
-    def __init__(self, path: Path, config: PromptsConfig) -> None:
+    def __init__(self, path: Path, config: PromptsConfig | PairsConfig) -> None:
         try:
             import pyarrow as pa
             import pyarrow.parquet as pq
@@ -140,7 +140,7 @@ class RowStream:
             yield from self._dataset
 
 
-def require_file(config: PromptsConfig) -> Path:
+def require_file(config: PromptsConfig | PairsConfig) -> Path:
     """The path of a file source.
 
     Raises:
@@ -148,9 +148,9 @@ def require_file(config: PromptsConfig) -> Path:
     """
     path = config.path
     if path is None or not path.exists():
-        raise UserError(f"prompts.path: {str(path)!r} does not exist (looked from {Path.cwd()})")
+        raise UserError(f"{config.table}.path: {str(path)!r} does not exist (looked from {Path.cwd()})")
     if config.source == "jsonl" and not path.is_file():
-        raise UserError(f'prompts.path: {path} is a folder; source "jsonl" reads one file of JSON lines')
+        raise UserError(f'{config.table}.path: {path} is a folder; source "jsonl" reads one file of JSON lines')
     return path
 
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from itertools import islice
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, Protocol, TypeVar, runtime_checkable
 
 from megatron_r1.config.data import PromptsConfig
 from megatron_r1.config.errors import UserError
@@ -37,24 +37,34 @@ FILE_OPTIONS: dict[str, tuple[str, ...]] = {
 }
 
 
+class Asked(Protocol):
+    """What a cursor hands out: anything with a question, which may be held out."""
+
+    @property
+    def question(self) -> str: ...
+
+
+Item = TypeVar("Item", bound=Asked, covariant=True)
+
+
 @runtime_checkable
-class PromptSource(Protocol):
-    """Prompts by index; never empty."""
+class PromptSource(Protocol[Item]):
+    """Prompts, or other items with a question, by index; never empty."""
 
     name: str
 
     def __len__(self) -> int: ...
 
-    def __getitem__(self, index: int) -> Prompt: ...
+    def __getitem__(self, index: int) -> Item: ...
 
 
 @runtime_checkable
-class PromptStream(Protocol):
+class PromptStream(Protocol[Item]):
     """Prompts that can only be read in order."""
 
     name: str
 
-    def stream(self, epoch: int, seed: int | None, start: int = 0) -> Iterator[Prompt]:
+    def stream(self, epoch: int, seed: int | None, start: int = 0) -> Iterator[Item]:
         """The prompts of an epoch from the `start`-th on; a pure function of its arguments.
 
         seed None: in the order of the files, else shuffled by (seed, epoch).
@@ -62,7 +72,7 @@ class PromptStream(Protocol):
         ...
 
 
-def open_prompts(config: PromptsConfig, tokenizer: Tokenizer) -> PromptSource | PromptStream:
+def open_prompts(config: PromptsConfig, tokenizer: Tokenizer) -> PromptSource[Prompt] | PromptStream[Prompt]:
     """The prompt source of a `[stage.prompts]` table.
 
     Raises:

@@ -1,7 +1,7 @@
-"""One row of a user's file -> question, reference answer and the rest.
+"""One row of a user's file -> question, reference answer and the rest; or a prompt and the two answers of a pair.
 
-Between the readers (`data/files.py`) and the prompts (`data/prompts.py`). GSM8K's own layout,
-whose answer is a worked solution that ends in "#### 1,080", is read as it is published.
+Between the readers (`data/files.py`) and the prompts or pairs (`data/prompts.py`, `data/preference_pairs.py`).
+GSM8K's own layout, whose answer is a worked solution that ends in "#### 1,080", is read as it is published.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import math
 from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
 
-from megatron_r1.config.data import PromptsConfig
+from megatron_r1.config.data import PairsConfig, PromptsConfig
 from megatron_r1.config.errors import UserError
 
 GSM8K_MARK = "####"
@@ -22,6 +22,43 @@ class Record(NamedTuple):
     question: str
     answer: str | None
     metadata: dict[str, Any]
+
+
+class Preference(NamedTuple):
+    """What a row of a preference file says."""
+
+    prompt: str
+    chosen: str
+    rejected: str
+
+
+def read_preference(row: Mapping[str, Any], config: PairsConfig, where: str) -> Preference:
+    """The prompt and the two answers of a row.
+
+    Raises:
+        UserError: a missing column, a value that is no text or empty, or twice the same answer.
+    """
+    check_columns(row, config, where)
+    for key in config.columns.values():
+        if not isinstance(row[key], str) or not row[key].strip():
+            raise UserError(
+                f"{where}: column {key!r} holds {row[key]!r}; prompt and answers of a pair are texts, not empty"
+            )
+    pair = Preference(*(row[key] for key in config.columns.values()))
+    if pair.chosen == pair.rejected:
+        raise UserError(
+            f"{where}: columns {config.chosen_key!r} and {config.rejected_key!r} hold the same answer, which says "
+            "nothing about what is preferred; leave this row out"
+        )
+    return pair
+
+
+def check_row(row: Mapping[str, Any], config: PromptsConfig | PairsConfig, where: str) -> None:
+    """Raise UserError when the row is not what the configuration promises."""
+    if isinstance(config, PairsConfig):
+        read_preference(row, config, where)
+    else:
+        read_record(row, config, where)
 
 
 def read_record(row: Mapping[str, Any], config: PromptsConfig, where: str) -> Record:
@@ -49,14 +86,14 @@ def read_record(row: Mapping[str, Any], config: PromptsConfig, where: str) -> Re
     return Record(question, answer, {key: value for key, value in row.items() if key not in used})
 
 
-def check_columns(columns: Iterable[str], config: PromptsConfig, where: str) -> None:
-    """Check that the columns of question and answer are there.
+def check_columns(columns: Iterable[str], config: PromptsConfig | PairsConfig, where: str) -> None:
+    """Check that the columns which the configuration names are there.
 
     Raises:
         UserError: listing the columns that are.
     """
     present = list(columns)
-    for key, setting in ((config.question_key, "question_key"), (config.answer_key, "answer_key")):
+    for setting, key in config.columns.items():
         if key not in present:
             raise UserError(
                 f"{where}: no column {key!r}; it has {', '.join(map(repr, present)) or 'none'}. "

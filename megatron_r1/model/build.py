@@ -16,19 +16,23 @@ from megatron_r1.model.fp8 import emulate
 from megatron_r1.model.gpt import PolicyModel
 from megatron_r1.model.megatron_config import transformer_config
 from megatron_r1.model.presets import Architecture
+from megatron_r1.model.scalar_head import RewardModel
 from megatron_r1.model.specs import decoder_spec, mtp_spec, transformer_engine_available
 from megatron_r1.parallel.world import World
 
 logger = logging.getLogger(__name__)
 
 
-def build_model(arch: Architecture, model: ModelConfig, world: World) -> list[torch.nn.Module]:
+def build_model(
+    arch: Architecture, model: ModelConfig, world: World, *, scalar_head: bool = False
+) -> list[torch.nn.Module]:
     """This rank's model chunks, one per virtual pipeline stage, with freshly drawn weights. Collective.
 
     Raises UserError for a DeepSeek-V3 model on a GPU without Transformer Engine, and for a precision that this device
     does not have.
 
-    A chunk is a PolicyModel, inside Megatron's Float16Module where parameters are bf16 (see `unwrap`).
+    A chunk is a PolicyModel (scalar_head: a RewardModel, without multi-token prediction), inside Megatron's
+    Float16Module where parameters are bf16 (see `unwrap`).
 
     The weights drawn depend on the layout; start from a checkpoint to compare layouts.
     """
@@ -39,9 +43,12 @@ def build_model(arch: Architecture, model: ModelConfig, world: World) -> list[to
             "a DeepSeek-V3 model on a GPU needs Transformer Engine, which is not installed: "
             "pip install 'megatron-r1[gpu]'. Without it Megatron-Core 0.16.1 cannot build multi-latent attention there"
         )
+    if scalar_head:
+        model = model.model_copy(update={"mtp": False})
     config = transformer_config(arch, model, world.layout, on_cpu=on_cpu)
     stages = world.layout.virtual_pipeline
-    chunks = [_chunk(arch, config, stage if stages > 1 else None, world) for stage in range(stages)]
+    kind = RewardModel if scalar_head else PolicyModel
+    chunks = [_chunk(kind, arch, config, stage if stages > 1 else None, world) for stage in range(stages)]
     if world.rank == 0:
         backend = "Transformer Engine" if transformer_engine_available() else "local (torch)"
         count = sum(p.numel() for chunk in chunks for p in chunk.parameters())
@@ -69,9 +76,11 @@ def unwrap(chunk: torch.nn.Module) -> PolicyModel:
     return chunk
 
 
-def _chunk(arch: Architecture, config: TransformerConfig, vp_stage: int | None, world: World) -> PolicyModel:
+def _chunk(
+    kind: type[PolicyModel], arch: Architecture, config: TransformerConfig, vp_stage: int | None, world: World
+) -> PolicyModel:
     scaling = {} if config.multi_latent_attention else arch.get("rope_scaling") or {}
-    model = PolicyModel(
+    model = kind(
         config,
         decoder_spec(config, vp_stage),
         vocab_size=padded_vocab(arch, world.layout.tensor),
@@ -81,7 +90,7 @@ def _chunk(arch: Architecture, config: TransformerConfig, vp_stage: int | None, 
         rotary_base=int(arch["rope_theta"]),
         rope_scaling=bool(scaling),  # the llama3 rule, the only one for these architectures
         rope_scaling_factor=float(scaling.get("factor", 8.0)),
-        share_embeddings_and_output_weights=bool(arch.get("tie_word_embeddings")),
+        share_embeddings_and_output_weights=bool(arch.get("tie_word_embeddings")) and kind is PolicyModel,
         mtp_block_spec=mtp_spec(config, vp_stage),
         vp_stage=vp_stage,
         pre_process=parallel_state.is_pipeline_first_stage(ignore_virtual=False, vp_stage=vp_stage),

@@ -47,9 +47,9 @@ class PolicyModel(GPTModel):
     unpadded_vocab: int
     """Size of the vocabulary before padding; losses ignore the entries beyond it."""
 
-    _query: TokenQuery | None = None
+    _query: Any = None  # a TokenQuery; subclasses have their own
 
-    def forward(self, *args: Any, query: TokenQuery | None = None, **kwargs: Any) -> torch.Tensor:
+    def forward(self, *args: Any, query: Any = None, **kwargs: Any) -> torch.Tensor:
         """GPTModel.forward; `query` reaches the end of it."""
         self._query = query
         try:
@@ -62,7 +62,7 @@ class PolicyModel(GPTModel):
             return hidden_states
         if self._query is None:
             return self._logits(hidden_states, kwargs)
-        query = self._query
+        query: TokenQuery = self._query
         scored = [self._score(hidden_states, query.index_M, query.targets_M, query)]
         if query.ahead:
             depths = self._ahead(hidden_states, query.detach_ahead, kwargs)

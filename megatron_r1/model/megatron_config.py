@@ -41,6 +41,7 @@ def transformer_config(
     check_pass_through(model.megatron, latent_attention=cls is MLATransformerConfig)
     fields.update(resolve_dtypes(model.megatron, cls))
     _refuse_recompute(fields, on_cpu)
+    _refuse_gpu_only(fields, on_cpu)
     _refuse_silent_traps(arch, fields)
     try:
         return cls(**fields)
@@ -209,6 +210,21 @@ def _refuse_recompute(fields: Mapping[str, Any], on_cpu: bool) -> None:
                 f'({instead[module]}); use "mlp", "moe", "shared_experts", "mla_up_proj" or "core_attn", '
                 'or recompute = "full"'
             )
+
+
+def _refuse_gpu_only(fields: Mapping[str, Any], on_cpu: bool) -> None:
+    if not on_cpu:
+        return
+    if fields.get("moe_token_dispatcher_type") == "flex":
+        raise UserError(
+            'parallel.dispatcher = "flex": it sends tokens by DeepEP or HybridEP, whose kernels exist for GPUs only; '
+            'on a CPU use "alltoall" or "allgather"'
+        )
+    if fields.get("moe_grouped_gemm"):
+        raise UserError(
+            "[model.megatron] moe_grouped_gemm = true: Megatron-Core's grouped GEMM is a GPU kernel (it is on there "
+            "without being asked for); on a CPU leave the field out"
+        )
 
 
 def _refuse_silent_traps(arch: Architecture, fields: dict[str, Any]) -> None:

@@ -113,12 +113,13 @@ def metrics(stats: RoutingStats) -> dict[str, float]:
         return {}
     mean_K = stats.load_KE.mean(1)
     violation_K = stats.load_KE.amax(1) / mean_K - 1
+    least_K = stats.load_KE.amin(1) / mean_K
     entropy_K = stats.column("entropy") / stats.column("tokens")
     dropped_K = stats.column("dropped") / (stats.column("tokens") * stats.top_k)
     found = {
         "moe/max_violation": violation_K.max(),
         "moe/max_violation_mean": violation_K.mean(),
-        "moe/load_min": (stats.load_KE.amin(1) / mean_K).min(),
+        "moe/load_min": least_K.min(),
         "moe/entropy": entropy_K.mean(),
         "moe/dropped": dropped_K.mean(),
     }
@@ -127,7 +128,13 @@ def metrics(stats: RoutingStats) -> dict[str, float]:
         found["moe/replay_coverage"] = covered / slots
     if covered:
         found["moe/replay_agreement"] = stats.column("agreed").sum() / covered
-    for name, values_K in (("moe/max_violation", violation_K), ("moe/entropy", entropy_K), ("moe/dropped", dropped_K)):
+    layers = {
+        "moe/max_violation": violation_K,
+        "moe/load_min": least_K,
+        "moe/entropy": entropy_K,
+        "moe/dropped": dropped_K,
+    }
+    for name, values_K in layers.items():
         found.update({f"{name}/layer_{layer}": x for layer, x in zip(stats.layers, values_K, strict=True)})
     return {name: float(value) for name, value in found.items()}
 

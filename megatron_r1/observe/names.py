@@ -67,6 +67,14 @@ METRICS: dict[str, Metric] = {
     "loss/total": Metric("1", "the loss that was differentiated"),
     "loss/lm": Metric("nats", "next-token cross-entropy"),
     "loss/mtp": Metric("nats", "cross-entropy of the multi-token-prediction layers, mean over depths"),
+    "loss/pairwise": Metric("nats", "Bradley-Terry loss of the preference pairs; log 2 = 0.693: no preference learned"),
+    # reward models, over the pairs of the global batch
+    "reward_model/accuracy": Metric("share", "pairs whose chosen answer has the larger value; a tie counts half"),
+    "reward_model/margin": Metric("1", "mean value of chosen answers - mean value of rejected ones"),
+    "reward_model/chosen": Metric("1", "mean value of chosen answers"),
+    "reward_model/rejected": Metric("1", "mean value of rejected answers"),
+    "reward_model/heldout_accuracy": Metric("share", "the same accuracy on pairs that were not trained on"),
+    "reward_model/heldout_loss": Metric("nats", "the same loss on pairs that were not trained on"),
     # optimizer
     "optim/grad_norm": Metric("1", "global L2 norm of the gradient before clipping"),
     "optim/lr": Metric("1", "learning rate"),
@@ -78,7 +86,8 @@ METRICS: dict[str, Metric] = {
     "moe/dropped": Metric("share", "assignments to experts dropped for lack of capacity"),
     "moe/replay_coverage": Metric("share", "assignments replayed, of those that replay was asked for"),
     "moe/replay_agreement": Metric("share", "replayed assignments that the router would have chosen itself"),
-    "data/held_out_skips": Metric("count", "prompts or documents skipped so far because they are held out"),
+    "data/held_out_skips": Metric("count", "prompts, documents or pairs skipped so far because they are held out"),
+    "data/too_long": Metric("count", "preference pairs left out so far for a sequence longer than max_length"),
     # speed
     "train/tokens": Metric("tokens", "tokens of the global batch, padding not counted"),
     "train/tokens_per_second": Metric("tokens/s", "tokens trained on a second, all ranks together"),
@@ -102,7 +111,7 @@ METRICS: dict[str, Metric] = {
 }
 
 
-PER_LAYER = frozenset(("moe/max_violation", "moe/entropy", "moe/dropped"))
+PER_LAYER = frozenset(("moe/max_violation", "moe/load_min", "moe/entropy", "moe/dropped"))
 """Metrics that may also be written for one decoder layer, counted from 0: "moe/entropy/layer_3"."""
 
 

@@ -41,6 +41,9 @@ PANELS: tuple[Panel, ...] = (
     Panel("Entropy", {"policy/entropy": "entropy"}),
     Panel("Language-model loss", {"loss/lm": "next token", "loss/mtp": "the one after (MTP layers)"}),
     Panel("Policy loss", {"loss/total": "KL term included"}),
+    Panel("Pairwise loss", {"loss/pairwise": "training pairs"}),
+    Panel("Pairs in the right order", {"reward_model/accuracy": "training pairs"}),
+    Panel("Mean value", {"reward_model/chosen": "chosen", "reward_model/rejected": "rejected"}),
     Panel("Gradient norm", {"optim/grad_norm": "gradient norm"}),
     Panel("Throughput", {"rollout/tokens_per_second": "sampled", "train/tokens_per_second": "trained"}),
     Panel(

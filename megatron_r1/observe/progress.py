@@ -31,6 +31,8 @@ SHOWN: dict[str, str] = {
     "reward/accuracy": "accuracy",
     "eval/pass_at_1": "pass@1",
     "loss/lm": "loss",
+    "loss/pairwise": "loss",
+    "reward_model/accuracy": "accuracy",
     "rollout/length": "length",
     "policy/kl": "kl",
     "policy/entropy": "entropy",

@@ -1,1 +1,1 @@
-"""Processes and their groups: the layout, the CPU backend, vocabulary-parallel log-probs."""
+"""Processes and their groups: the layout, the CPU backend, zig-zag positions of context parallelism."""

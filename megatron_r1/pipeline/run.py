@@ -10,9 +10,10 @@ from pathlib import Path
 
 from megatron_r1.checkpoint import folders
 from megatron_r1.config.errors import UserError
-from megatron_r1.config.run import EvalStage, GrpoStage, PretrainStage, RunConfig
+from megatron_r1.config.run import EvalStage, GrpoStage, PretrainStage, RewardModelStage, RunConfig
 from megatron_r1.config.validate import check_layout
 from megatron_r1.data.corpus import Corpus
+from megatron_r1.data.preference_pairs import PairBatches, PreferencePairs
 from megatron_r1.data.prompts import PromptSource, open_prompts
 from megatron_r1.data.tokenizers import Tokenizer, build_tokenizer
 from megatron_r1.model.megatron_fields import check_optimizer_fields, check_pass_through
@@ -43,6 +44,8 @@ def preflight(config: RunConfig, processes: int) -> tuple[Architecture, Tokenize
         if isinstance(stage, PretrainStage):
             for corpus in stage.corpus:
                 next(Corpus(corpus, config.seed))
+        elif isinstance(stage, RewardModelStage):
+            _check_pairs(stage, config, tokenizer, arch)
         elif isinstance(stage, (GrpoStage, EvalStage)):
             _check_lengths(stage, arch)
             _check_first_prompt(stage, tokenizer, arch)
@@ -54,13 +57,13 @@ def preflight(config: RunConfig, processes: int) -> tuple[Architecture, Tokenize
 def start_of(config: RunConfig, index: int, run_dir: Path) -> Path | None:
     """The folder of the stage, or of checkpoints, that stage `index` starts from; None: fresh weights.
 
-    Without `from` it is the last stage before it that trains.
+    Without `from` it is the last stage before it that trains a language model.
     """
     stage = config.stage[index]
     earlier = {s.name: s for s in config.stage[:index]}
     if stage.init_from is not None:
         return run_dir / stage.init_from if stage.init_from in earlier else Path(stage.init_from)
-    trained = [s.name for s in config.stage[:index] if not isinstance(s, EvalStage)]
+    trained = [s.name for s in config.stage[:index] if not isinstance(s, (EvalStage, RewardModelStage))]
     return run_dir / trained[-1] if trained else None
 
 
@@ -79,6 +82,12 @@ def _check_start(source: str, name: str, config: RunConfig) -> None:
             raise UserError(f"stage.{name}.from = {source!r}: that stage comes later; stages run in the order written")
         if isinstance(origin, EvalStage):
             raise UserError(f"stage.{name}.from = {source!r}: an eval stage makes no weights; name a training stage")
+        stage = config.stage[names.index(name)]
+        if isinstance(origin, RewardModelStage) and not isinstance(stage, RewardModelStage):
+            raise UserError(
+                f"stage.{name}.from = {source!r}: that stage makes a reward model, which has no output layer to "
+                "write text with; only a reward_model stage can start from it. Name one that trains a language model"
+            )
     elif not Path(source).is_dir():
         raise UserError(
             f"stage.{name}.from = {source!r}: neither a stage of this recipe ({', '.join(names)}) "
@@ -89,6 +98,21 @@ def _check_start(source: str, name: str, config: RunConfig) -> None:
         if found is None:
             raise UserError(f"stage.{name}.from = {source!r}: that folder holds no complete checkpoint (step-<number>)")
         folders.check(found)
+
+
+def _check_pairs(stage: RewardModelStage, config: RunConfig, tokenizer: Tokenizer, arch: Architecture) -> None:
+    """Open the files, which checks every row, and tokenise pairs until one is short enough."""
+    longest = stage.longest(arch["max_position_embeddings"])
+    if config.parallel.dispatcher == "allgather" and 2 * longest > stage.micro_batch_tokens:
+        raise UserError(
+            f"stage.{stage.name}.micro_batch_tokens = {stage.micro_batch_tokens} with parallel.dispatcher = "
+            f'"allgather": that dispatcher needs rows of one length, and a pair of two sequences of {longest} tokens '
+            f"(max_length) must fit into one; set micro_batch_tokens = {2 * longest}, a smaller max_length, or alltoall"
+        )
+    for pairs in (stage.pairs, stage.heldout):
+        if pairs is not None:
+            source = PreferencePairs(pairs, tokenizer)
+            PairBatches(source, shuffle=False, seed=0, exclude=frozenset(), max_tokens=longest).take(1)
 
 
 def _check_lengths(stage: GrpoStage | EvalStage, arch: Architecture) -> None:

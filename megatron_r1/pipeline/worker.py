@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_r1.config.errors import RunFailed, UserError
-from megatron_r1.config.run import EvalStage, GrpoStage, PretrainStage, RunConfig, Stage
+from megatron_r1.config.run import EvalStage, GrpoStage, PretrainStage, RewardModelStage, RunConfig, Stage
 from megatron_r1.model import kernels
 from megatron_r1.observe.rundir import RunDir, StageState
 from megatron_r1.pipeline.run import checkpoint_of, preflight, start_of
@@ -104,6 +104,7 @@ def _run_stage(stage: Stage, index: int, context: Any) -> None:
     from megatron_r1.pipeline.evaluation import run_evaluation
     from megatron_r1.train.grpo import grpo
     from megatron_r1.train.pretrain import pretrain
+    from megatron_r1.train.reward_model import reward_model
     from megatron_r1.train.stopping import Stopped
 
     run, rank = context.run, context.world.rank
@@ -116,6 +117,8 @@ def _run_stage(stage: Stage, index: int, context: Any) -> None:
             result = pretrain(stage, context, start)
         elif isinstance(stage, GrpoStage):
             result = grpo(stage, context, start)
+        elif isinstance(stage, RewardModelStage):
+            result = reward_model(stage, context, start)
         else:
             result = run_evaluation(stage, context, start)
     except Stopped:

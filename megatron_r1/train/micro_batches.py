@@ -25,6 +25,7 @@ class Batcher:
     pad_id: int
     packed: bool = True  # several sequences share a row
     token_multiple: int = 1  # what the number of tokens that a rank holds of a row must divide by (FP8: 128)
+    together: int = 1  # each so many samples in a row share a micro-batch (2: pairs)
 
     def __call__(self, samples: Sequence[Sample], mtp_depths: int = 0) -> list[MicroBatch]:
         """The micro-batches; mtp_depths: how many tokens ahead multi-token prediction looks beyond the next one."""
@@ -41,6 +42,7 @@ class Batcher:
             shards=world.data_size,
             count_multiple_of=layout.pipeline if layout.virtual_pipeline > 1 else 1,
             mtp_depths=mtp_depths,
+            together=self.together,
             only_shard=world.data_rank,
         )
         mine = shards[world.data_rank]

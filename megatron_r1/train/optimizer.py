@@ -1,7 +1,8 @@
 """The parts of a trainer that own gradients and updates: data parallelism, Adam, the learning-rate schedule.
 
-`train/trainer.py` wraps the built model chunks with `data_parallel`, then makes their optimizer and its schedule here.
-All three are Megatron-Core's; this module turns the recipe's tables into their configurations.
+`train/trainer.py` wraps the built model chunks with `data_parallel`, then makes their optimizer and its schedule here,
+and updates the parameters with `take_step`. All three are Megatron-Core's; this module turns the recipe's tables into
+their configurations.
 """
 
 from __future__ import annotations
@@ -77,6 +78,22 @@ def build_optimizer(
     except (AssertionError, TypeError, ValueError, RuntimeError) as error:
         raise UserError(f"Megatron-Core refuses stage.optimizer.megatron {optimizer.megatron}: {error}") from error
     return get_megatron_optimizer(config, chunks, use_gloo_process_groups=world.device.type != "cpu")
+
+
+def take_step(megatron_optimizer: Any, chunks: list[DistributedDataParallel]) -> float:
+    """One update of the parameters, on all ranks; returns the gradient norm before clipping. Collective.
+
+    A model with experts has two optimizers, and Megatron-Core 0.16.1 lets each gather the parameters of both. The flag
+    (made for an overlap that is not used here) holds their gathers back; one at the end does.
+    """
+    for chunk in chunks:
+        chunk.overlap_param_gather_with_optimizer_step = True
+    _, grad_norm, _ = megatron_optimizer.step()
+    for chunk in chunks:
+        chunk.overlap_param_gather_with_optimizer_step = False
+        if chunk.ddp_config.use_distributed_optimizer:
+            chunk.start_param_sync()
+    return float(grad_norm)
 
 
 def build_schedule(megatron_optimizer: Any, optimizer: OptimizerConfig, steps: int) -> OptimizerParamScheduler:

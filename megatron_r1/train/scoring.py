@@ -13,6 +13,7 @@ from megatron.core.packed_seq_params import PackedSeqParams
 
 from megatron_r1.data.batching import MicroBatch
 from megatron_r1.model.gpt import TokenQuery
+from megatron_r1.model.scalar_head import ValueQuery
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,6 +36,15 @@ def score_tokens(
         ahead=tuple((where[where >= 0], batch.targets_NL[where >= 0]) for where in batch.ahead_DNL),
         detach_ahead=detach_ahead,
     )
+    return _run(model, batch, query)
+
+
+def score_sequences(model: torch.nn.Module, batch: MicroBatch) -> torch.Tensor:
+    """This pipeline stage's output: on the last one [M], a reward model's values of the sequences that end here."""
+    return _run(model, batch, ValueQuery(index_M=batch.last_N[batch.last_N >= 0]))
+
+
+def _run(model: torch.nn.Module, batch: MicroBatch, query: TokenQuery | ValueQuery) -> torch.Tensor:
     packed = None if batch.bounds is None else _packed(batch.bounds, batch.tokens_BT.device)
     return model(batch.tokens_BT, batch.positions_BT, None, packed_seq_params=packed, query=query)
 

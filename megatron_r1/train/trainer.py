@@ -28,7 +28,7 @@ from megatron_r1.model.presets import Architecture
 from megatron_r1.model.routing import RoutingTaps, local_tokens
 from megatron_r1.parallel.world import World
 from megatron_r1.train.objectives import Objective
-from megatron_r1.train.optimizer import build_optimizer, build_schedule, data_parallel
+from megatron_r1.train.optimizer import build_optimizer, build_schedule, data_parallel, take_step
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,10 +60,11 @@ class Trainer:
         *,
         train_mtp: bool = True,
         expert_bias_frozen: bool = False,
+        scalar_head: bool = False,
     ) -> None:
         self.arch, self.world = arch, world
         self.step = 0  # optimizer steps taken; also the version of the weights
-        chunks = build_model(arch, model, world)
+        chunks = build_model(arch, model, world, scalar_head=scalar_head)
         self.config = unwrap(chunks[0]).config
         if expert_bias_frozen:
             self.config.moe_router_bias_update_rate = 0.0
@@ -99,10 +100,19 @@ class Trainer:
         sums = self._reduce(outputs, objective.metric_names, dist.ReduceOp.SUM)
         maxima = self._reduce(outputs, objective.maximum_names, dist.ReduceOp.MAX)
         lr = float(self.optimizer.param_groups[0]["lr"])
-        _, grad_norm, _ = self.optimizer.step()
+        grad_norm = take_step(self.optimizer, self.chunks)
         self.schedule.step(1)
         self.step += 1
-        return StepResult(sums, maxima, grad_norm=float(grad_norm), lr=lr, routing=self._routing())
+        return StepResult(sums, maxima, grad_norm=grad_norm, lr=lr, routing=self._routing())
+
+    @torch.no_grad()
+    def measure(self, batches: Sequence[MicroBatch], objective: Objective) -> dict[str, float]:
+        """The objective's sums over the global batch, without a step; equal on all ranks. Collective."""
+        for chunk in self.chunks:
+            chunk.eval()
+        return self._reduce(
+            self.run_schedule(batches, objective, forward_only=True), objective.metric_names, dist.ReduceOp.SUM
+        )
 
     def run_schedule(
         self, batches: Sequence[MicroBatch], objective: Objective, *, forward_only: bool, record: bool = False

@@ -24,9 +24,13 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 def run_layouts(
-    function: Callable[..., Any], layouts: Sequence[ParallelConfig], *arguments: Any, timeout: float = 240
+    function: Callable[..., Any],
+    layouts: Sequence[ParallelConfig],
+    *arguments: Any,
+    each: Sequence[tuple[Any, ...]] | None = None,
+    timeout: float = 240,
 ) -> list[list[Any]]:
-    """function(world, *arguments) on every rank of each layout, which must have the same world size.
+    """function(world, *each[i], *arguments) on every rank of each layout, which must have the same world size.
 
     Returns, for each layout, the results of its ranks in order.
     """
@@ -35,7 +39,9 @@ def run_layouts(
     ports = [free_port() for _ in layouts]
     with tempfile.TemporaryDirectory() as folder:
         job = Path(folder) / "job.pickle"
-        job.write_bytes(pickle.dumps((function.__module__, function.__qualname__, list(zip(layouts, ports)), arguments)))
+        own = [()] * len(layouts) if each is None else each
+        jobs = [(layout, port, (*mine, *arguments)) for layout, port, mine in zip(layouts, ports, own, strict=True)]
+        job.write_bytes(pickle.dumps((function.__module__, function.__qualname__, jobs)))
         environment = {
             **os.environ,
             "OMP_NUM_THREADS": "1",
@@ -81,10 +87,10 @@ def _main(job: Path) -> None:
     from megatron_r1.parallel import world as worlds
 
     torch.set_num_threads(1)
-    module, name, layouts, arguments = pickle.loads(job.read_bytes())
+    module, name, jobs = pickle.loads(job.read_bytes())
     function = getattr(importlib.import_module(module), name)
     results = []
-    for layout, port in layouts:
+    for layout, port, arguments in jobs:
         os.environ["MASTER_PORT"] = str(port)
         world = worlds.start(layout, seed=1234, timeout_minutes=2)
         results.append(function(world, *arguments))

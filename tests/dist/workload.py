@@ -5,6 +5,7 @@ Everything starts from one checkpoint, because weights drawn at random depend on
 
 from __future__ import annotations
 
+import itertools
 import random
 from pathlib import Path
 from typing import Any
@@ -19,21 +20,23 @@ from megatron_r1.config.model import ModelConfig, TokenizerConfig
 from megatron_r1.config.optim import OptimizerConfig, SamplingConfig
 from megatron_r1.data.tokenizers import build_tokenizer
 from megatron_r1.model.presets import architecture
+from megatron_r1.model.scalar_head import HEAD
 from megatron_r1.parallel.world import World
 from megatron_r1.rollout.megatron import MegatronEngine
 from megatron_r1.train.log_probs import compute_log_probs
 from megatron_r1.train.micro_batches import Batcher
 from megatron_r1.train.objectives import LanguageModelObjective, Objective, PolicyObjective
+from megatron_r1.train.reward_objective import RewardObjective
 from megatron_r1.train.trainer import Trainer
 from megatron_r1.types import Prompt, Sample
 
 TOKENIZER = build_tokenizer(TokenizerConfig(kind="char"))
-OPTIMIZER = OptimizerConfig(lr=1e-3, weight_decay=0.01, clip_grad=0.3)
+OPTIMIZER = OptimizerConfig(lr=5e-4, weight_decay=0.01, clip_grad=0.3)
 LOSS = LossConfig(clip_low=0.2)
 
 
-def samples(number: int = 12, seed: int = 0) -> list[Sample]:
-    """Ragged samples with advantages and old and reference log-probs."""
+def samples(number: int = 12, seed: int = 0, masked: bool = False) -> list[Sample]:
+    """Ragged samples with advantages and old and reference log-probs; masked: only some tokens are learned."""
     draw = random.Random(seed)
     made = []
     for _ in range(number):
@@ -44,6 +47,7 @@ def samples(number: int = 12, seed: int = 0) -> list[Sample]:
                 token_ids=ids,
                 prompt_length=prompt,
                 advantage=draw.gauss(0, 1),
+                loss_mask=[int(draw.random() < 0.6) for _ in ids] if masked else None,
                 old_log_probs=[-4.6 + draw.gauss(0, 0.1) for _ in range(response)],
                 reference_log_probs=[-4.6 + draw.gauss(0, 0.1) for _ in range(response)],
                 rollout_log_probs=[-4.6 + draw.gauss(0, 0.1) for _ in range(response)],
@@ -52,64 +56,71 @@ def samples(number: int = 12, seed: int = 0) -> list[Sample]:
     return made
 
 
-def make_trainer(world: World, preset: str, mtp: bool) -> Trainer:
-    model = ModelConfig(preset=preset)
+def make_trainer(world: World, model: ModelConfig, kind: str = "grpo") -> Trainer:
+    """With its multi-token-prediction layers trained and the expert bias updated; kind "reward": a reward model."""
     arch = architecture(model, TOKENIZER.vocab_size)
-    # The bias update counts routed tokens, padding included, and padding differs between layouts.
-    return Trainer(arch, model, world, OPTIMIZER, steps=10, train_mtp=mtp, expert_bias_frozen=True)
+    return Trainer(arch, model, world, OPTIMIZER, steps=10, scalar_head=kind == "reward")
 
 
-def save_start(world: World, root: str, preset: str) -> None:
-    """Fresh weights, expert biases that matter, saved as step 0."""
-    trainer = make_trainer(world, preset, mtp=True)
+def save_start(world: World, root: str, model: ModelConfig, kind: str = "grpo") -> None:
+    """Fresh weights, expert biases and a scalar head that matter, saved as step 0."""
+    trainer = make_trainer(world, model, kind)
     draw = torch.Generator().manual_seed(5)
-    for model in trainer.models:
-        for name, buffer in model.named_buffers():
-            if name.endswith("expert_bias"):
-                buffer.copy_(0.05 * torch.rand(buffer.shape, generator=draw))
+    for name, tensor in itertools.chain(*((*m.named_buffers(), *m.named_parameters()) for m in trainer.models)):
+        if name.endswith(("expert_bias", HEAD)):
+            tensor.data.copy_(0.05 * torch.rand(tensor.shape, generator=draw))
     checkpoint_io.save(Path(root), trainer, {}, None, keep=1)
 
 
 def objective_of(kind: str, batch: list[Sample], world: World) -> Objective:
-    if kind == "lm":
+    if kind == "sft":
         return LanguageModelObjective(mtp_loss=0.1)
-    return PolicyObjective(LOSS, CorrectionConfig(), (), count(batch), 64, 1.0, world)
+    if kind == "reward":
+        return RewardObjective(len(batch) // 2, sum(len(sample.token_ids) for sample in batch), world)
+    correction = CorrectionConfig(method="tis")
+    return PolicyObjective(LOSS, correction, (), count(batch), 64, 1.0, world, mtp_loss=0.1)
 
 
-def micro_batches(batch: list[Sample], trainer: Trainer, packed: bool = True) -> list[Any]:
-    return Batcher(trainer.world, 160, pad_id=0, packed=packed)(batch, trainer.mtp_depths)
+def one_step(trainer: Trainer, kind: str, seed: int, packed: bool = True) -> tuple[float, float]:
+    """(mean loss, gradient norm) of an optimizer step on the samples of this seed."""
+    batch = samples(seed=seed, masked=kind == "sft")
+    together = 2 if kind == "reward" else 1  # a chosen answer and the rejected one behind it
+    cut = Batcher(trainer.world, 160, pad_id=0, packed=packed, together=together)(batch, trainer.mtp_depths)
+    result = trainer.train_step(cut, objective_of(kind, batch, trainer.world))
+    loss = {
+        "sft": lambda sums: sums["nll"] / sums["tokens"],
+        "grpo": lambda sums: sums["loss"],
+        "reward": lambda sums: sums["loss"] / (len(batch) // 2),
+    }[kind](result.sums)
+    return loss, result.grad_norm
 
 
-def train(world: World, root: str, preset: str, kind: str, steps: int, saved: str) -> list[tuple[float, float]]:
-    """(loss sum, gradient norm) of each step; the weights after the last are saved under `saved`/<layout>."""
-    trainer = make_trainer(world, preset, mtp=kind == "lm")
+def train(world: World, root: str, model: ModelConfig, kind: str, steps: int, saved: str) -> list[tuple[float, float]]:
+    """(loss, gradient norm) of each step; the weights after the last are saved under `saved`."""
+    trainer = make_trainer(world, model, kind)
     checkpoint_io.load_weights(folders.folder(Path(root), 0), trainer)
-    history = []
-    for step in range(steps):
-        batch = samples(seed=step)
-        result = trainer.train_step(micro_batches(batch, trainer), objective_of(kind, batch, world))
-        history.append((result.sums["loss" if kind == "grpo" else "nll"], result.grad_norm))
-    checkpoint_io.save(Path(saved) / layout_name(world), trainer, {}, None, keep=1)
+    history = [one_step(trainer, kind, seed) for seed in range(steps)]
+    checkpoint_io.save(Path(saved), trainer, {}, None, keep=1)
     return history
 
 
-def resume(world: World, root: str, preset: str, kind: str, step: int) -> tuple[float, float]:
+def resume(world: World, root: str, model: ModelConfig, kind: str, step: int) -> tuple[float, float]:
     """Load a checkpoint with its optimizer and take the next step."""
-    trainer = make_trainer(world, preset, mtp=kind == "lm")
+    trainer = make_trainer(world, model)
     checkpoint_io.load(folders.folder(Path(root), step), trainer, None)
-    batch = samples(seed=step)
-    result = trainer.train_step(micro_batches(batch, trainer), objective_of(kind, batch, world))
-    return result.sums["loss" if kind == "grpo" else "nll"], result.grad_norm
+    return one_step(trainer, kind, step)
 
 
-def resume_each(world: World, roots: list[str], preset: str, kind: str, step: int) -> list[tuple[float, float]]:
+def resume_each(
+    world: World, roots: list[str], model: ModelConfig, kind: str, step: int
+) -> list[tuple[float, float]]:
     """`resume` for several checkpoints in one process."""
-    return [resume(world, root, preset, kind, step) for root in roots]
+    return [resume(world, root, model, kind, step) for root in roots]
 
 
-def generate(world: World, root: str, preset: str) -> tuple[list[list[list[int]]], float]:
+def generate(world: World, root: str, model: ModelConfig) -> tuple[list[list[list[int]]], float]:
     """Tokens that every prompt's completions get, and how far decoding is from a full forward in log-prob."""
-    trainer = make_trainer(world, preset, mtp=False)
+    trainer = make_trainer(world, model)
     checkpoint_io.load_weights(folders.folder(Path(root), 0), trainer)
     engine = MegatronEngine(trainer.chunks, world, TOKENIZER, int(trainer.arch["vocab_size"]), 256)
     texts = ["1+2=?", "12-3+4=?", "7=?", "5-6+9-1+2=?"]
@@ -130,13 +141,3 @@ def generate(world: World, root: str, preset: str) -> tuple[list[list[list[int]]
     gap = max(abs(a - b) for x, y in zip(again, kept, strict=True) for a, b in zip(x, y, strict=True))
     return [[c.token_ids for c in row] for row in found], gap
 
-
-def layout_name(world: World) -> str:
-    layout = world.layout
-    if not layout.distributed_optimizer:
-        return "replicated"
-    parts = dict(
-        tp=layout.tensor, pp=layout.pipeline, vpp=layout.virtual_pipeline, ep=layout.expert, etp=layout.etp,
-        dp=world.data_size,
-    )
-    return "_".join(f"{k}{v}" for k, v in parts.items() if v > 1) or "one"

@@ -74,6 +74,7 @@ def test_padded_tensors_by_hand() -> None:
         "tokens_BT": torch.tensor([[5, 6, 7, 8, 0, 0], [9, 3, 0, 0, 0, 0]]),
         "positions_BT": torch.tensor([[0, 1, 2, 3, 4, 5], [0, 1, 2, 3, 4, 5]]),
         "valid_BT": torch.tensor([[True] * 4 + [False] * 2, [True] * 2 + [False] * 4]),
+        "last_N": torch.tensor([3, 7]),
         "where_NL": torch.tensor([[1, 2], [6, -1]]),
         "ahead_DNL": torch.tensor([[[0, 1], [-1, -1]], [[-1, 0], [-1, -1]]]),
     }
@@ -92,6 +93,7 @@ def test_packed_tensors_by_hand() -> None:
         "tokens_BT": torch.tensor([[5, 6, 7, 8, 77, 77, 9, 3, 77, 77, 77, 77]]),
         "positions_BT": torch.tensor([[0, 1, 2, 3, 4, 5, 0, 1, 2, 0, 1, 2]]),
         "valid_BT": torch.tensor([[True] * 4 + [False] * 2 + [True] * 2 + [False] * 4]),
+        "last_N": torch.tensor([3, 7]),
         "where_NL": torch.tensor([[1, 2], [6, -1]]),
         "ahead_DNL": torch.tensor([[[0, 1], [-1, -1]], [[-1, 0], [-1, -1]]]),
     }
@@ -252,6 +254,7 @@ def test_fillers_where_there_are_fewer_samples_than_shards(packed: bool, bounds:
         "ahead_DNL": torch.zeros(1, 0, 0, dtype=torch.int64),
         "advantages_N": torch.zeros(0),
         "learned_N": torch.zeros(0, dtype=torch.int64),
+        "last_N": torch.zeros(0, dtype=torch.int64),
     }
     check(plan[3][0], expected)
     assert plan[3][0].bounds == bounds

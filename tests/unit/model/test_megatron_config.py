@@ -207,6 +207,11 @@ def test_every_reserved_field_exists(world: World) -> None:
             ["norm_topk_prob = false: Megatron-Core always normalises sigmoid routing weights"],
         ),
         (
+            {"layout": ParallelConfig(expert=2, data=2, dispatcher="flex")},
+            ['parallel.dispatcher = "flex"', "for GPUs only", 'use "alltoall" or "allgather"'],
+        ),
+        ({"megatron": {"moe_grouped_gemm": True}}, ["moe_grouped_gemm = true", "leave the field out"]),
+        (
             {"layout": ParallelConfig(tensor=3)},
             ["Megatron-Core refuses this model and layout", "multiple of tensor_model_parallel_size"],
         ),
@@ -215,6 +220,12 @@ def test_every_reserved_field_exists(world: World) -> None:
 def test_silent_traps_are_refused(world: World, arguments: dict[str, Any], words: list[str]) -> None:
     said = refusal(**arguments)
     assert [word for word in words if word not in said] == [], said
+
+
+@pytest.mark.parametrize(("dispatcher", "lengths_vary"), [("alltoall", True), ("allgather", False)])
+def test_dispatchers(world: World, dispatcher: str, lengths_vary: bool) -> None:
+    config = build(layout=ParallelConfig(expert=2, data=2, dispatcher=dispatcher))
+    assert (config.moe_token_dispatcher_type, config.variable_seq_lengths) == (dispatcher, lengths_vary)
 
 
 def test_fused_kernels_are_asked_for_on_gpus_only(world: World) -> None:

@@ -389,6 +389,8 @@ def test_metrics_of_a_routing_by_hand() -> None:
             "moe/replay_agreement": 9 / 10,
             "moe/max_violation/layer_3": 1.0,
             "moe/max_violation/layer_7": 0.0,
+            "moe/load_min/layer_3": 0.0,
+            "moe/load_min/layer_7": 1.0,
             "moe/entropy/layer_3": ln2,
             "moe/entropy/layer_7": 2 * ln2,
             "moe/dropped/layer_3": 1 / 6,
@@ -396,8 +398,8 @@ def test_metrics_of_a_routing_by_hand() -> None:
         }
     )
     check_names(list(found))
-    with pytest.raises(ValueError, match=r"\['moe/entropy/layer_x', 'moe/load_min/layer_3'\]"):
-        check_names(["moe/entropy/layer_12", "moe/entropy/layer_x", "moe/load_min/layer_3"])
+    with pytest.raises(ValueError, match=r"\['moe/entropy/layer_x', 'moe/replay_coverage/layer_3'\]"):
+        check_names(["moe/entropy/layer_12", "moe/entropy/layer_x", "moe/replay_coverage/layer_3"])
     empty = RoutingStats(layers=(), top_k=2, table_KC=torch.zeros(0, 6, dtype=torch.float64))
     assert metrics(empty) == {}
 

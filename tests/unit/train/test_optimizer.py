@@ -18,8 +18,10 @@ from megatron_r1.parallel.world import World
 VOCAB = 96
 
 
-def build(world: World, precision: str = "bf16", sharded: bool = True, **fields: Any) -> tuple[Any, Any]:
-    """(wrapped chunks, optimizer) of the dense model, gradients all zero."""
+def build(
+    world: World, precision: str = "bf16", sharded: bool = True, preset: str = "tiny-dense", **fields: Any
+) -> tuple[Any, Any]:
+    """(wrapped chunks, optimizer) of a model, gradients all zero."""
     from dataclasses import replace
 
     from megatron_r1.model.build import build_model, unwrap
@@ -27,7 +29,7 @@ def build(world: World, precision: str = "bf16", sharded: bool = True, **fields:
 
     layout = world.layout.model_copy(update={"distributed_optimizer": sharded})
     place = replace(world, layout=layout)
-    model = ModelConfig.model_validate({"preset": "tiny-dense", "precision": precision})
+    model = ModelConfig.model_validate({"preset": preset, "precision": precision})
     recipe = OptimizerConfig.model_validate({"lr": 1e-5, "clip_grad": 0.0, "eps": 1e-12, **fields})
     chunks = build_model(architecture(model, VOCAB), model, place)
     wrapped = data_parallel(chunks, unwrap(chunks[0]).config, place, recipe)
@@ -41,6 +43,36 @@ def step(chunks: Any, optimizer: Any, gradient: float) -> None:
         for parameter in chunk.parameters():
             parameter.main_grad.fill_(gradient)
     optimizer.step()
+
+
+def test_every_buffer_of_parameters_is_gathered_once_a_step(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Though each of the two optimizers, of dense and of expert parameters, asks for all; and after both have moved."""
+    from megatron_r1.train.optimizer import take_step
+
+    chunks, optimizer = build(world, preset="tiny-moe")
+    groups = [*chunks[0].bucket_groups, *chunks[0].expert_parallel_bucket_groups]
+    assert len(groups) == len(optimizer.chained_optimizers) == 2
+    gathered: list[tuple[Any, list[torch.Tensor]]] = []
+    before = {name: p.detach().clone() for name, p in chunks[0].named_parameters()}
+    for group in groups:
+        gather = group.start_param_sync
+
+        def note(group: Any = group, gather: Any = gather, **options: Any) -> None:
+            gathered.append((group, [p.detach().clone() for p in chunks[0].parameters()]))
+            gather(**options)
+
+        monkeypatch.setattr(group, "start_param_sync", note)
+    chunks[0].zero_grad_buffer()
+    for parameter in chunks[0].parameters():
+        parameter.main_grad.fill_(3.0)
+    count = sum(p.numel() for p in chunks[0].parameters())
+    assert take_step(optimizer, chunks) == pytest.approx(3 * count**0.5, rel=1e-5)
+    assert [group for group, _ in gathered] == groups
+    after = list(chunks[0].named_parameters())
+    for _, seen in gathered:
+        assert all(torch.equal(a, b) for a, (_, b) in zip(seen, after, strict=True))
+    assert any(not torch.equal(p, before[name]) for name, p in after if ".experts." in name)
+    assert any(not torch.equal(p, before[name]) for name, p in after if ".experts." not in name)
 
 
 @pytest.mark.parametrize("sharded", [True, False], ids=["sharded", "replicated"])
