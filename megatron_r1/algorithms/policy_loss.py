@@ -28,7 +28,6 @@ class PolicyLoss:
     - "ratio": probability ratio (with ratio = "sequence" the sequence's, once for each token)
     - "clip_low", "clip_high": tokens whose gradient the clip removed (A < 0 below, A > 0 above)
     - "dual_clip": tokens whose loss the dual clip bounds
-    - "log_ratio_abs": |log-ratio| of the token itself
     - "kl_k3": the k3 estimate of KL(policy || reference), whatever estimator the loss uses; present
       exactly when reference log-probs were given
     """
@@ -97,7 +96,7 @@ def policy_loss(
     per_token = _clipped_loss(ratio, advantages, config)
     if correction_NL is not None:
         per_token = per_token * correction_NL.detach()
-    metrics = _ratio_metrics(ratio.detach(), log_ratio.detach(), advantages, mask, config)
+    metrics = _ratio_metrics(ratio.detach(), advantages, mask, config)
     if reference_log_probs_BT is not None:
         reference = _learned(reference_log_probs_BT, mask).detach()
         metrics["kl_k3"] = _masked_sum(kl_estimate(log_probs.detach(), reference, "k3"), mask)
@@ -148,9 +147,7 @@ def _sequence_ratio(
     return sequence_ratio * (log_ratio - log_ratio.detach()).exp()
 
 
-def _ratio_metrics(
-    ratio: Tensor, log_ratio: Tensor, advantages: Tensor, mask: Tensor, config: LossConfig
-) -> dict[str, Tensor]:
+def _ratio_metrics(ratio: Tensor, advantages: Tensor, mask: Tensor, config: LossConfig) -> dict[str, Tensor]:
     """Sums over learned tokens, as `PolicyLoss` lists them; everything detached."""
     low = (ratio < 1 - config.clip_low) & (advantages < 0)
     high = (ratio > 1 + config.epsilon_high) & (advantages > 0)
@@ -163,6 +160,5 @@ def _ratio_metrics(
         "clip_low": low.to(ratio.dtype),
         "clip_high": high.to(ratio.dtype),
         "dual_clip": dual.to(ratio.dtype),
-        "log_ratio_abs": log_ratio.abs(),
     }
     return {name: _masked_sum(values, mask) for name, values in sums.items()}

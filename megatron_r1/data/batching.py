@@ -20,7 +20,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from megatron_r1.data.packing import Rows, cut, pack, round_up, zigzag
+from megatron_r1.data.packing import Rows, cut, pack, round_up
+from megatron_r1.parallel.context import zigzag
 from megatron_r1.types import Sample
 
 LOG_PROB_FIELDS = ("old_log_probs", "reference_log_probs", "rollout_log_probs")
@@ -138,7 +139,7 @@ def make_micro_batches(
         packed: sequences behind one another in one row (B = 1), else one row a sequence.
         multiple_of: T is rounded up to this (what tensor and context parallelism can split).
         sequence_multiple_of: segments (padded: rows) are rounded up to this: 2 x the context size.
-        fixed_length: T is always max_tokens, rounded up. Packed only.
+        fixed_length: T is the same in all micro-batches of all shards, that of the longest row. Packed only.
         shards: data-parallel ranks.
         count_multiple_of: the number of micro-batches of a shard is a multiple of this.
         mtp_depths: D of `ahead_DNL`.
@@ -150,28 +151,14 @@ def make_micro_batches(
 
     Raises:
         ValueError: a sample whose lists do not fit its tokens, a list present in some samples only, fixed_length with
-        padded rows or with a sample that is longer.
+        padded rows.
     """
     for index, sample in enumerate(samples):
         _check_sample(sample, index)
     units = _unit_lengths(samples, together, sequence_multiple_of, packed=packed)
     row_multiple = lcm(multiple_of, sequence_multiple_of)
-    least_length = round_up(max_tokens, row_multiple) if fixed_length else row_multiple
     if fixed_length and not packed:
         raise ValueError("fixed_length needs packed micro-batches, got packed = False")
-    if fixed_length and max(units, default=0) > least_length:
-        what = "a sample" if together == 1 else f"a unit of {together} samples"
-        raise ValueError(f"{what} of {max(units)} tokens does not fit rows of a fixed length of {least_length}")
-    collate = _Collate(
-        pad_id=pad_id,
-        packed=packed,
-        sequence_multiple_of=sequence_multiple_of,
-        row_multiple=row_multiple,
-        least_length=least_length,
-        mtp_depths=mtp_depths,
-        log_prob_fields=_present_fields(samples),
-        experts_shape=_experts_shape(samples),
-    )
     if packed:
         plan = pack(
             units,
@@ -183,6 +170,19 @@ def make_micro_batches(
         )
     else:
         plan = cut(units, max_tokens // together, shards, multiple_of=row_multiple, count_multiple_of=count_multiple_of)
+    longest = max(
+        (sum(round_up(units[i], sequence_multiple_of) for i in row) for shard in plan for row in shard), default=0
+    )
+    collate = _Collate(
+        pad_id=pad_id,
+        packed=packed,
+        sequence_multiple_of=sequence_multiple_of,
+        row_multiple=row_multiple,
+        least_length=round_up(max(1, longest), row_multiple) if fixed_length else row_multiple,
+        mtp_depths=mtp_depths,
+        log_prob_fields=_present_fields(samples),
+        experts_shape=_experts_shape(samples),
+    )
     return [
         [collate([unit * together + i for unit in units for i in range(together)], samples) for units in shard]
         if only_shard in (None, number)

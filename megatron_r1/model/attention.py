@@ -20,7 +20,7 @@ from megatron.core import tensor_parallel
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
 
-from megatron_r1.parallel.context import zigzag_positions
+from megatron_r1.parallel.context import zigzag
 
 _ALIKE = 0.75  # segments at least this long, relative to the longest of their group, are attended to together
 
@@ -72,8 +72,8 @@ class TorchCoreAttention(MegatronModule):
             return self._packed(query_SBND, key_KBND, value_KBND, packed_seq_params.cu_seqlens_q.tolist())
         if self.context_size > 1:
             size, rank = self.context_size, self.context_group.rank()
-            held = torch.cat([zigzag_positions(key_KBND.shape[0], size, r) for r in range(size)])
-            mine = zigzag_positions(key_KBND.shape[0], size, rank)
+            held = torch.cat([_positions(key_KBND.shape[0], size, r) for r in range(size)])
+            mine = _positions(key_KBND.shape[0], size, rank)
             seen_SK = (held[None, :] <= mine[:, None]).to(query_SBND.device)
             return self._attend(query_SBND, key_KBND, value_KBND, mask=seen_SK)
         queries, keys = query_SBND.shape[0], key_KBND.shape[0]
@@ -93,7 +93,10 @@ class TorchCoreAttention(MegatronModule):
         for group in groups:
             q = query[group.queries_GS].transpose(0, 1)
             k, v = (x[group.keys_GK].transpose(0, 1) for x in (key, value))
-            mask = None if group.mask_GSK is None else group.mask_GSK[:, None].to(query.device)
+            mask = None
+            if group.positions_GS is not None:
+                mask = torch.arange(group.keys_GK.shape[1]) <= group.positions_GS[:, None, :, None]
+                mask = mask.to(query.device)
             out_SGE = self._attend(q, k, v, causal=mask is None, mask=mask)
             parts.append(out_SGE.transpose(0, 1).flatten(0, 1)[group.real])
         return torch.cat(parts)[order]
@@ -120,7 +123,7 @@ class _SegmentGroup:
 
     queries_GS: torch.Tensor  # int64, in this rank's tokens
     keys_GK: torch.Tensor  # int64, in the gathered tokens of all context ranks
-    mask_GSK: torch.Tensor | None  # bool, True where a query sees a key; None: causal, queries and keys alike
+    positions_GS: torch.Tensor | None  # int64, each query's position in its segment; None: all of it in order
     real: torch.Tensor  # int64, the unpadded ones among the G x S queries
 
 
@@ -141,12 +144,17 @@ def _segment_groups(
     return made, torch.argsort(held)
 
 
+def _positions(length: int, size: int, rank: int) -> torch.Tensor:
+    """[length / size] int64 positions of a segment that context-parallel rank `rank` holds."""
+    return torch.from_numpy(zigzag([0, length], size, rank))
+
+
 def _group(segments: list[tuple[int, int]], local: int, size: int, rank: int) -> _SegmentGroup:
     longest = segments[0][0]
-    queries, keys, masks = [], [], []
+    queries, keys, places = [], [], []
     for length, start in segments:
         # Segment token at position p: held by rank r at index place[p] of the gathered row.
-        positions = [zigzag_positions(length, size, r) if size > 1 else torch.arange(length) for r in range(size)]
+        positions = [_positions(length, size, r) for r in range(size)]
         place = torch.empty(length, dtype=torch.int64)
         for r, held in enumerate(positions):
             place[held] = r * local + start // size + torch.arange(len(held))
@@ -154,8 +162,7 @@ def _group(segments: list[tuple[int, int]], local: int, size: int, rank: int) ->
         mine = positions[rank]
         first = start // size
         queries.append(F.pad(first + torch.arange(len(mine)), (0, longest // size - len(mine)), value=first))
-        masks.append(F.pad(mine, (0, longest // size - len(mine)), value=0))
+        places.append(F.pad(mine, (0, longest // size - len(mine)), value=0))
     sizes = torch.tensor([length // size for length, _ in segments])
     real = (torch.arange(longest // size)[None, :] < sizes[:, None]).flatten().nonzero()[:, 0]
-    mask = None if size == 1 else torch.arange(longest)[None, None, :] <= torch.stack(masks)[:, :, None]
-    return _SegmentGroup(torch.stack(queries), torch.stack(keys), mask, real)
+    return _SegmentGroup(torch.stack(queries), torch.stack(keys), None if size == 1 else torch.stack(places), real)

@@ -1,25 +1,38 @@
-"""Context parallelism: which positions of a sequence a rank holds.
+"""Context parallelism: which positions of a row a rank holds. Batches, attention and recorded tokens share this rule.
 
-A sequence is cut into 2 * size chunks and rank r holds chunks r and 2 * size - 1 - r, so that causal attention costs
-every rank the same.
+No torch, so that planning a batch needs none.
 """
 
 from __future__ import annotations
 
-import torch
+from collections.abc import Sequence
+from itertools import pairwise
+
+import numpy as np
 
 
-def zigzag_positions(length: int, size: int, rank: int) -> torch.Tensor:
-    """[length / size] int64 positions that context-parallel rank `rank` holds; length must divide by 2 * size."""
-    if length % (2 * size):
-        raise ValueError(f"sequence length {length} does not divide by 2 x context size {size}")
-    chunk = length // (2 * size)
-    last = 2 * size - 1 - rank
-    return torch.cat([torch.arange(rank * chunk, (rank + 1) * chunk), torch.arange(last * chunk, (last + 1) * chunk)])
+def zigzag(bounds: Sequence[int], size: int, rank: int) -> np.ndarray:
+    """Positions of a row that a context-parallel rank holds, segment after segment.
 
+    Every segment is cut into 2 * size chunks, of which rank r holds r and 2 * size - 1 - r, so that causal attention
+    costs every rank the same. It is the order that Transformer Engine and Megatron expect of packed sequences.
 
-def context_slice(x: torch.Tensor, size: int, rank: int, dim: int = 1) -> torch.Tensor:
-    """The part of `x` along `dim` that this rank holds; `x` itself when size is 1."""
+    Args:
+        bounds: [0, e1, e2, ..., T], the ends of the row's segments; [0, T] for a padded row.
+
+    Returns:
+        [T / size] int64; all in order when size is 1.
+
+    Raises:
+        ValueError: a segment that does not divide by 2 * size.
+    """
     if size == 1:
-        return x
-    return x.index_select(dim, zigzag_positions(x.shape[dim], size, rank).to(x.device))
+        return np.arange(bounds[-1])
+    parts = []
+    for start, end in pairwise(bounds):
+        chunk, rest = divmod(end - start, 2 * size)
+        if rest:
+            raise ValueError(f"a segment of {end - start} tokens does not divide by 2 x context size {size}")
+        for which in (rank, 2 * size - 1 - rank):
+            parts.append(np.arange(start + which * chunk, start + (which + 1) * chunk))
+    return np.concatenate(parts)

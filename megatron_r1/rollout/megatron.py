@@ -33,6 +33,7 @@ from megatron_r1.model.attention import TorchCoreAttention
 from megatron_r1.model.build import unwrap
 from megatron_r1.model.fp8 import any_token_count
 from megatron_r1.model.gpt import PolicyModel
+from megatron_r1.model.specs import transformer_engine_available
 from megatron_r1.parallel.world import World
 from megatron_r1.rollout.engine import Progress
 from megatron_r1.rollout.expert_record import ExpertRecord, Recorder
@@ -72,6 +73,12 @@ class MegatronEngine:
         max_length: int,
         recorder: Recorder | None = None,
     ) -> None:
+        if world.layout.context > 1 and transformer_engine_available():
+            raise UserError(
+                f"parallel.context = {world.layout.context}: the in-process engine decodes whole sequences on each "
+                "context rank, which has not been tried with Transformer Engine's attention; set parallel.context = 1 "
+                "for stages that sample, or run them without Transformer Engine"
+            )
         self.recorder = recorder
         self.models = [unwrap(chunk) for chunk in chunks]
         self.world, self.tokenizer, self.vocab_size, self.max_length = world, tokenizer, vocab_size, max_length

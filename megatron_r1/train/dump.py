@@ -29,6 +29,7 @@ def dump_batch(path: Path, samples: Sequence[Sample], tokenizer: Tokenizer, abou
             "old_log_probs": sample.old_log_probs,
             "reference_log_probs": sample.reference_log_probs,
             "loss_mask": sample.loss_mask,
+            "routed_experts": None if sample.routed_experts is None else sample.routed_experts.tolist(),
         }
         for sample in samples
     ]

@@ -13,8 +13,8 @@ import torch
 import torch.distributed as dist
 
 from megatron_r1.data.batching import MicroBatch, unpad
-from megatron_r1.data.packing import zigzag
 from megatron_r1.model.routing import whole_rows
+from megatron_r1.parallel.context import zigzag
 from megatron_r1.parallel.world import World
 from megatron_r1.train.micro_batches import Batcher
 from megatron_r1.train.scoring import by_sequence, score_tokens

@@ -101,7 +101,6 @@ class PolicyObjective:
         "clip_high",
         "dual_clip",
         "kl_k3",
-        "log_ratio_abs",
         "entropy",
         "mtp_nll",
         "mtp_tokens",

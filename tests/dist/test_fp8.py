@@ -13,6 +13,8 @@ from megatron_r1.config.model import ParallelConfig
 from tests.dist.fp8_workload import score_and_step
 from tests.dist.harness import run_world
 
+pytestmark = pytest.mark.slow
+
 
 def scores(found: dict[str, Any]) -> np.ndarray:
     return np.array(list(chain.from_iterable(found["scores"])))

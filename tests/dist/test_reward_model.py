@@ -13,6 +13,8 @@ from tests.dist.harness import run_layouts, run_world
 from tests.dist.reward_workload import STEPS, History, Job, one_process, run
 from tests.e2e.recipes import tensors
 
+pytestmark = pytest.mark.slow  # the default tier has reward models in tests/dist/test_layouts.py
+
 ONE = ParallelConfig(data=1)
 TP2, PP2, CP2 = (ParallelConfig(data=1, **{axis: 2}) for axis in ("tensor", "pipeline", "context"))
 DP2 = ParallelConfig(data=2)
@@ -121,7 +123,6 @@ def test_a_language_model_gives_the_trunk_and_the_head_is_new(two: dict[str, His
         assert all(torch.equal(found[key], source[key]) for key in found), name
 
 
-@pytest.mark.slow
 def test_combined_layouts_equal_one_process(one: dict[str, History], root: Path) -> None:
     check_trained(FOUR, run_all(FOUR, root), one)
     check_weights(FOUR, root)

@@ -24,6 +24,8 @@ from megatron_r1.types import Prompt, Sample
 from tests.dist.harness import run_layouts, run_world
 from tests.dist.workload import OPTIMIZER, TOKENIZER, samples
 
+pytestmark = pytest.mark.slow  # in the default tier the end-to-end recipe replays experts
+
 LAYERS = (1, 2, 3)  # with experts, of four: the first of two pipeline stages has one of them
 RECOMPUTE = {"recompute_granularity": "selective", "recompute_modules": ["moe"]}
 LAYOUTS = {

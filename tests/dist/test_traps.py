@@ -17,7 +17,7 @@ import torch.distributed as dist
 from megatron_r1.config.model import ModelConfig, ParallelConfig
 from megatron_r1.model.log_prob_head import token_log_probs
 from megatron_r1.model.presets import architecture
-from megatron_r1.parallel.context import context_slice, zigzag_positions
+from megatron_r1.parallel.context import zigzag
 from megatron_r1.parallel.world import World
 from tests.dist.harness import run_layouts, run_world
 from tests.reference.attention import slow_attention
@@ -79,9 +79,10 @@ def attention_of_a_slice(world: World) -> dict[str, Any]:
     groups = SimpleNamespace(cp=parallel_state.get_context_parallel_group())
     attention = TorchCoreAttention(config, 1, None, "self", k_channels=10, pg_collection=groups)
     whole, above = attention_inputs()
-    inputs = [context_slice(x, 2, world.context_rank, dim=0).requires_grad_() for x in whole]
+    mine = torch.from_numpy(zigzag([0, len(above)], 2, world.context_rank))
+    inputs = [x[mine].requires_grad_() for x in whole]
     output = attention(*inputs)
-    output.backward(context_slice(above, 2, world.context_rank, dim=0))
+    output.backward(above[mine])
     return {"output": output.detach(), "gradients": [x.grad for x in inputs]}
 
 
@@ -92,7 +93,7 @@ def test_context_parallel_attention_equals_one_process(found: dict[str, list[Any
     expected = slow_attention(*inputs, scale=None)
     expected.backward(above)
     for rank, result in enumerate(found["CP2"]):
-        held = zigzag_positions(16, 2, rank)
+        held = zigzag([0, 16], 2, rank)
         torch.testing.assert_close(result["output"], expected.detach()[held], rtol=0, atol=2e-6)
         for mine, x in zip(result["gradients"], inputs, strict=True):
             torch.testing.assert_close(mine, x.grad[held], rtol=0, atol=5e-6)

@@ -67,8 +67,10 @@ def save_start(world: World, root: str, model: ModelConfig, kind: str = "grpo") 
     trainer = make_trainer(world, model, kind)
     draw = torch.Generator().manual_seed(5)
     for name, tensor in itertools.chain(*((*m.named_buffers(), *m.named_parameters()) for m in trainer.models)):
-        if name.endswith(("expert_bias", HEAD)):
+        if name.endswith("expert_bias"):
             tensor.data.copy_(0.05 * torch.rand(tensor.shape, generator=draw))
+        elif name.endswith(HEAD):
+            tensor.data.copy_(0.05 * torch.randn(tensor.shape, generator=draw))
     checkpoint_io.save(Path(root), trainer, {}, None, keep=1)
 
 
@@ -77,19 +79,24 @@ def objective_of(kind: str, batch: list[Sample], world: World) -> Objective:
         return LanguageModelObjective(mtp_loss=0.1)
     if kind == "reward":
         return RewardObjective(len(batch) // 2, sum(len(sample.token_ids) for sample in batch), world)
-    correction = CorrectionConfig(method="tis")
-    return PolicyObjective(LOSS, correction, (), count(batch), 64, 1.0, world, mtp_loss=0.1)
+    loss, correction = LOSS, CorrectionConfig(method="tis")
+    if kind == "gspo":
+        loss = LossConfig(clip_low=0.2, ratio="sequence", aggregation="token-mean")
+        correction = CorrectionConfig(method="mis", level="geometric", low=0.97, high=1.05, veto=0.5)
+    return PolicyObjective(loss, correction, (), count(batch), 64, 1.0, world, mtp_loss=0.1)
 
 
-def one_step(trainer: Trainer, kind: str, seed: int, packed: bool = True) -> tuple[float, float]:
-    """(mean loss, gradient norm) of an optimizer step on the samples of this seed."""
+def one_step(trainer: Trainer, kind: str, seed: int) -> tuple[float, float]:
+    """(mean loss, gradient norm) of an optimizer step on the samples of this seed; "gspo" in padded rows."""
     batch = samples(seed=seed, masked=kind == "sft")
+    packed = kind != "gspo" or trainer.world.layout.dispatcher == "allgather"
     together = 2 if kind == "reward" else 1  # a chosen answer and the rejected one behind it
     cut = Batcher(trainer.world, 160, pad_id=0, packed=packed, together=together)(batch, trainer.mtp_depths)
     result = trainer.train_step(cut, objective_of(kind, batch, trainer.world))
     loss = {
         "sft": lambda sums: sums["nll"] / sums["tokens"],
         "grpo": lambda sums: sums["loss"],
+        "gspo": lambda sums: sums["loss"],
         "reward": lambda sums: sums["loss"] / (len(batch) // 2),
     }[kind](result.sums)
     return loss, result.grad_norm

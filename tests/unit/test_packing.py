@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megatron_r1.data import packing
-from megatron_r1.data.packing import Rows, cut, pack, round_up, zigzag
+from megatron_r1.data.packing import Rows, cut, pack, round_up
 
 Plan = list[list[Rows]]
 
@@ -201,12 +201,3 @@ def test_cut_deals_even_work_evenly() -> None:
     plan = cut([10] * 9, 30, 2)
     assert sorted(loads(plan, [10] * 9)) == [40, 50]
     assert [[len(rows) for rows in shard] for shard in cut([4] * 8, 64, 4)] == [[2]] * 4
-
-
-def test_zigzag_by_hand() -> None:
-    """Segments of 8 and 4 tokens over two ranks: chunks 0 and 3 of each to rank 0, 1 and 2 to rank 1."""
-    assert zigzag([0, 8, 12], 2, 0).tolist() == [0, 1, 6, 7, 8, 11]
-    assert zigzag([0, 8, 12], 2, 1).tolist() == [2, 3, 4, 5, 9, 10]
-    assert zigzag([0, 3, 5], 1, 0).tolist() == [0, 1, 2, 3, 4]
-    with pytest.raises(ValueError, match="a segment of 6 tokens does not divide by 2 x context size 2"):
-        zigzag([0, 4, 10], 2, 0)

@@ -21,7 +21,7 @@ from megatron_r1.algorithms.policy_loss import policy_loss
 from megatron_r1.algorithms.weights import count, learned_tokens, token_weights
 from megatron_r1.config.grpo import LossConfig
 from megatron_r1.data.batching import MicroBatch, make_micro_batches
-from megatron_r1.data.packing import zigzag
+from megatron_r1.parallel.context import zigzag
 from megatron_r1.types import Sample
 
 VOCABULARY, WIDTH = 13, 4

@@ -111,14 +111,15 @@ def test_packed_without_padding_has_no_segment_of_it() -> None:
     assert batch.where_NL.tolist() == [[1, 2], [4, -1]]
 
 
-def test_fixed_length_fills_every_row() -> None:
-    plan = make_micro_batches(short_and_long(), 7, 0, packed=True, fixed_length=True, multiple_of=4, shards=3)
-    assert [[batch.tokens_BT.shape for batch in shard] for shard in plan] == [[(1, 8)]] * 3
-    assert [shard[0].bounds for shard in plan] == [[0, 4, 8], [0, 2, 8], [0, 8]]
+def test_fixed_length_makes_every_row_as_long_as_the_longest() -> None:
+    keys = {"packed": True, "fixed_length": True, "multiple_of": 4, "shards": 3}
+    plan = make_micro_batches(short_and_long(), 7, 0, **keys)
+    assert [[batch.tokens_BT.shape for batch in shard] for shard in plan] == [[(1, 4)]] * 3
+    assert [shard[0].bounds for shard in plan] == [[0, 4], [0, 2, 4], [0, 4]]
+    plan = make_micro_batches([sample(4), sample(2), sample(9)], 7, 0, **keys)  # longer than the budget
+    assert {batch.tokens_BT.shape for shard in plan for batch in shard} == {(1, 12)}
     with pytest.raises(ValueError, match="fixed_length needs packed micro-batches"):
         make_micro_batches(short_and_long(), 7, 0, packed=False, fixed_length=True)
-    with pytest.raises(ValueError, match="a sample of 9 tokens does not fit rows of a fixed length of 8"):
-        make_micro_batches([sample(9)], 7, 0, packed=True, fixed_length=True, multiple_of=4)
 
 
 @PACKED
