@@ -1,9 +1,10 @@
 """In what a run departs from the DeepSeek-R1 paper; printed at the start of every run.
 
 The paper's values are those of R1-Zero (arXiv 2501.12948, training details of R1-Zero; evaluation
-set-up of the same paper). Three cells are not stated there and are named so below: the clip range
+set-up of the same paper). Four cells are not stated there and are named so below: the clip range
 is that of R1's first RL stage, the token-wise aggregation is DeepSeekMath's (arXiv 2402.03300 eq.
-3), the standard deviation's kind is open and so is never a departure.
+3), the precision is that in which DeepSeek-V3 was trained (arXiv 2412.19437, section 3.3), the
+standard deviation's kind is open and so is never a departure.
 """
 
 from __future__ import annotations
@@ -51,8 +52,12 @@ PAPER_GRPO: dict[str, tuple[Any, str]] = {
         "no response is left out for being off-policy (DeepSeek-V3.2's addition)",
     ),
     "grpo.correction.old_policy": ("trainer", "the ratio is taken between two states of one policy (eq. 1)"),
+    "grpo.routing_replay": ("none", "each forward chooses its own experts"),
+    "grpo.mtp_loss": (0.0, "no multi-token-prediction loss is stated for RL"),
+    "grpo.expert_bias": ("frozen", "no update of the router's bias is stated for RL"),
     "prompts.template": ("r1-zero", "the template of table 1"),
 }
+PAPER_PRECISION = ("fp8-blockwise", "DeepSeek-V3's, with bf16; none is stated for the RL")
 PAPER_EVAL: dict[str, tuple[Any, str]] = {
     "sampling.temperature": (0.6, "the paper's evaluation set-up"),
     "sampling.top_p": (0.95, "the paper's evaluation set-up"),
@@ -84,9 +89,12 @@ class Departure:
 
 def departures(config: RunConfig) -> list[Departure]:
     """Every key of the GRPO and evaluation stages that departs from the paper's R1-Zero, in the
-    order of the stages.
+    order of the stages, after the precision that they share.
     """
     found: list[Departure] = []
+    paper, why = PAPER_PRECISION
+    if config.model.precision != paper and any(isinstance(stage, GrpoStage) for stage in config.stage):
+        found.append(Departure(key="model.precision", paper=paper, here=config.model.precision, why=why))
     for stage in config.stage:
         if isinstance(stage, GrpoStage):
             found += _compare(stage, PAPER_GRPO, skip=_silent(stage))

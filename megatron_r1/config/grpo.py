@@ -74,6 +74,16 @@ class LossConfig(Table):
         """Whether reference log-probs enter the loss."""
         return self.kl != "none" and self.kl_coefficient > 0
 
+    @model_validator(mode="after")
+    def _reference(self) -> LossConfig:
+        if self.reference_memory != "host" and not self.needs_reference:
+            off = 'kl = "none"' if self.kl == "none" else "kl_coefficient = 0"
+            raise ValueError(
+                f'reference_memory = "{self.reference_memory}" without effect: {off} keeps no reference; remove '
+                "reference_memory, or switch the KL term on"
+            )
+        return self
+
 
 MismatchMetric = Literal[
     "policy/engine_gap",
@@ -241,6 +251,11 @@ class GrpoConfig(Table):
             raise ValueError(
                 f"minibatches ({self.minibatches}) must divide prompts x group_size = {outputs}, "
                 "so that every optimizer step sees the same number of completions"
+            )
+        if self.routing_replay == "trainer" and self.minibatches * self.epochs == 1:
+            raise ValueError(
+                'routing_replay = "trainer" has nothing to replay: with minibatches = 1 and epochs = 1 the only step '
+                'of a phase is taken by the policy that would be replayed; use "none", "rollout", or more steps a phase'
             )
         if self.dynamic_sampling and self.no_signal == "keep":
             raise ValueError('dynamic_sampling replaces groups without signal: set no_signal = "drop" with it')

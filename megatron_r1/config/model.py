@@ -63,9 +63,20 @@ class ModelConfig(Table):
             raise ValueError(f"recompute = {self.recompute!r} {need} `recompute_modules`")
         if self.recompute_layers is not None and self.recompute != "full":
             raise ValueError(f'recompute = {self.recompute!r} takes no `recompute_layers`; it belongs to "full"')
+        if self.recompute_method != "uniform" and self.recompute != "full":
+            raise ValueError(f'recompute = {self.recompute!r} takes no `recompute_method`; it belongs to "full"')
         given = [key for key in self.megatron if key in RECOMPUTE_FIELDS]
         if self.recompute != "none" and given:
             raise ValueError(f"recompute = {self.recompute!r} and [model.megatron] {given[0]}: set only one of them")
+        return self
+
+    @model_validator(mode="after")
+    def _scales(self) -> ModelConfig:
+        if self.fp8_scales != "fp32" and not self.precision.startswith("fp8"):
+            raise ValueError(
+                f'fp8_scales = "{self.fp8_scales}" without effect: precision is "{self.precision}"; set precision = '
+                '"fp8-blockwise" or "fp8-emulated", or remove it'
+            )
         return self
 
 
@@ -106,8 +117,8 @@ class ParallelConfig(Table):
     expert_tensor: PositiveInt | None = None
     """Tensor-parallel size inside an expert (ETP). None: 1."""
     dispatcher: Literal["alltoall", "allgather", "flex"] = "alltoall"
-    """How tokens reach their experts. allgather: every rank sees all tokens; rows are then padded to
-    micro_batch_tokens, since it needs equal lengths. flex: DeepEP or HybridEP kernels, on GPUs."""
+    """How tokens reach their experts. allgather: every rank sees all tokens; rows are then padded to the
+    longest of the batch, since it needs equal lengths. flex: DeepEP or HybridEP kernels, on GPUs."""
     data: PositiveInt | None = None
     """Data-parallel size. None: whatever the started world leaves, at least what `expert` needs."""
     distributed_optimizer: bool = True

@@ -28,8 +28,7 @@ def build_model(
 ) -> list[torch.nn.Module]:
     """This rank's model chunks, one per virtual pipeline stage, with freshly drawn weights. Collective.
 
-    Raises UserError for a DeepSeek-V3 model on a GPU without Transformer Engine, and for a precision that this device
-    does not have.
+    Raises UserError as `model_config` does.
 
     A chunk is a PolicyModel (scalar_head: a RewardModel, without multi-token prediction), inside Megatron's
     Float16Module where parameters are bf16 (see `unwrap`).
@@ -37,15 +36,7 @@ def build_model(
     The weights drawn depend on the layout; start from a checkpoint to compare layouts.
     """
     on_cpu = world.device.type == "cpu"
-    kernels.require_fp8(model)
-    if not on_cpu and arch["model_type"] == "deepseek_v3" and not transformer_engine_available():
-        raise UserError(
-            "a DeepSeek-V3 model on a GPU needs Transformer Engine, which is not installed: "
-            "pip install 'megatron-r1[gpu]'. Without it Megatron-Core 0.16.1 cannot build multi-latent attention there"
-        )
-    if scalar_head:
-        model = model.model_copy(update={"mtp": False})
-    config = transformer_config(arch, model, world.layout, on_cpu=on_cpu)
+    config = model_config(arch, model, world, scalar_head=scalar_head)
     stages = world.layout.virtual_pipeline
     kind = RewardModel if scalar_head else PolicyModel
     chunks = [_chunk(kind, arch, config, stage if stages > 1 else None, world) for stage in range(stages)]
@@ -62,6 +53,35 @@ def build_model(
     if config.bf16:
         return [Float16Module(config, chunk) for chunk in chunks]
     return list(chunks)
+
+
+def model_config(
+    arch: Architecture, model: ModelConfig, world: World, *, scalar_head: bool = False
+) -> TransformerConfig:
+    """Megatron's configuration of the model on this rank's device. Builds nothing.
+
+    Raises UserError for a DeepSeek-V3 model on a GPU without Transformer Engine, for a precision that this device does
+    not have, and for what `transformer_config` refuses.
+    """
+    on_cpu = world.device.type == "cpu"
+    kernels.require_fp8(model)
+    if not on_cpu and arch["model_type"] == "deepseek_v3" and not transformer_engine_available():
+        raise UserError(
+            "a DeepSeek-V3 model on a GPU needs Transformer Engine, which is not installed: "
+            "pip install 'megatron-r1[gpu]'. Without it Megatron-Core 0.16.1 cannot build multi-latent attention there"
+        )
+    if scalar_head:
+        model = _without_prediction_layers(model)
+    return transformer_config(arch, model, world.layout, on_cpu=on_cpu)
+
+
+def _without_prediction_layers(model: ModelConfig) -> ModelConfig:
+    """The same `[model]` for a reward model, which has no multi-token-prediction layers to place on a stage."""
+    megatron = dict(model.megatron)
+    layout = megatron.get("pipeline_model_parallel_layout")
+    if isinstance(layout, str):
+        megatron["pipeline_model_parallel_layout"] = layout.replace("m", "")  # the letter of those layers
+    return model.model_copy(update={"mtp": False, "megatron": megatron})
 
 
 def padded_vocab(arch: Architecture, tensor_size: int) -> int:

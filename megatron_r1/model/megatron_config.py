@@ -1,7 +1,7 @@
 """An architecture and a layout become Megatron's TransformerConfig.
 
 The names on the left are Hugging Face's, on the right Megatron-Core's; facts about DeepSeek-V3 follow its technical
-report (arXiv 2412.19437). Whatever Megatron would get silently wrong is refused here.
+report (arXiv 2412.19437). Whatever Megatron would get silently wrong is refused (`model/megatron_traps.py`).
 """
 
 from __future__ import annotations
@@ -12,12 +12,14 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from megatron.core.transformer.enums import AttnBackend
 from megatron.core.transformer.transformer_config import MLATransformerConfig, TransformerConfig
 
 from megatron_r1.config.errors import UserError
 from megatron_r1.config.model import ModelConfig, ParallelConfig
 from megatron_r1.model import kernels
 from megatron_r1.model.megatron_fields import DTYPE_NAMES, check_pass_through
+from megatron_r1.model.megatron_traps import check_traps
 from megatron_r1.model.precision import bf16_parameters, transformer_engine_installed
 from megatron_r1.model.presets import Architecture
 
@@ -27,8 +29,8 @@ def transformer_config(
 ) -> TransformerConfig:
     """Megatron's configuration of this architecture under this layout.
 
-    Raises UserError for an unknown `[model.megatron]` field, or for a value that Megatron-Core 0.16.1 would turn into
-    a silently wrong result.
+    Raises UserError for an unknown `[model.megatron]` field, for a value that Megatron-Core 0.16.1 would turn into a
+    silently wrong result, or for one that would have no effect.
     """
     family = _deepseek_v3(arch) if arch["model_type"] == "deepseek_v3" else _dense(arch)
     fields = {**_common(arch), **family, **_parallel(model, layout), **_recompute(model)}
@@ -39,10 +41,11 @@ def transformer_config(
         fields.update(mtp_num_layers=layers)
     cls = MLATransformerConfig if fields.get("multi_latent_attention") else TransformerConfig
     check_pass_through(model.megatron, latent_attention=cls is MLATransformerConfig)
+    installed = not on_cpu and transformer_engine_installed()
+    check_traps(arch, model, layout, on_cpu=on_cpu, transformer_engine=installed)
     fields.update(resolve_dtypes(model.megatron, cls))
-    _refuse_recompute(fields, on_cpu)
-    _refuse_gpu_only(fields, on_cpu)
-    _refuse_silent_traps(arch, fields)
+    if "attention_backend" in fields:
+        fields["attention_backend"] = AttnBackend[fields["attention_backend"]]  # Megatron ignores a mere name
     try:
         return cls(**fields)
     except (AssertionError, TypeError, ValueError) as error:
@@ -192,55 +195,3 @@ def _kernels(arch: Architecture) -> dict[str, Any]:
     if arch["model_type"] == "deepseek_v3":
         fused.update(moe_grouped_gemm=True, moe_permute_fusion=True)
     return fused
-
-
-def _refuse_recompute(fields: Mapping[str, Any], on_cpu: bool) -> None:
-    """What Megatron-Core 0.16.1 recomputes only through Transformer Engine: without it, it fails in the first step."""
-    if fields.get("recompute_granularity") != "selective" or (not on_cpu and transformer_engine_installed()):
-        return
-    instead = {
-        "layernorm": "norms cannot be recomputed alone",
-        "moe_act": "the activation of the experts is recomputed only with its grouped GEMM",
-    }
-    for module in fields.get("recompute_modules") or ():
-        if module in instead:
-            place = "on a CPU" if on_cpu else "without Transformer Engine (pip install 'megatron-r1[gpu]')"
-            raise UserError(
-                f'model.recompute_modules: "{module}" does not work {place} in Megatron-Core 0.16.1 '
-                f'({instead[module]}); use "mlp", "moe", "shared_experts", "mla_up_proj" or "core_attn", '
-                'or recompute = "full"'
-            )
-
-
-def _refuse_gpu_only(fields: Mapping[str, Any], on_cpu: bool) -> None:
-    if not on_cpu:
-        return
-    if fields.get("moe_token_dispatcher_type") == "flex":
-        raise UserError(
-            'parallel.dispatcher = "flex": it sends tokens by DeepEP or HybridEP, whose kernels exist for GPUs only; '
-            'on a CPU use "alltoall" or "allgather"'
-        )
-    if fields.get("moe_grouped_gemm"):
-        raise UserError(
-            "[model.megatron] moe_grouped_gemm = true: Megatron-Core's grouped GEMM is a GPU kernel (it is on there "
-            "without being asked for); on a CPU leave the field out"
-        )
-
-
-def _refuse_silent_traps(arch: Architecture, fields: dict[str, Any]) -> None:
-    topk, groups = fields.get("moe_router_topk"), fields.get("moe_router_group_topk")
-    if groups and topk is not None and topk // groups != 2:
-        raise UserError(
-            f"num_experts_per_tok {topk} with topk_group {groups}: Megatron-Core scores a group by its best "
-            f"{topk // groups} experts, DeepSeek-V3 by its best 2, so they would route differently; "
-            "num_experts_per_tok must be 2 x topk_group (or n_group = 1)"
-        )
-    kinds = fields.get("moe_router_load_balancing_type", "none")
-    if "seq_aux_loss" in ([kinds] if isinstance(kinds, str) else kinds):
-        raise UserError(
-            "[model.megatron] moe_router_load_balancing_type = seq_aux_loss: Megatron-Core 0.16.1 scales it wrongly "
-            "with per-token loss under tensor or context parallelism, silently; use 'none' with the expert bias "
-            "(DeepSeek-V3's own aux-loss-free balance)"
-        )
-    if arch["model_type"] == "deepseek_v3" and arch.get("norm_topk_prob") is False:
-        raise UserError("norm_topk_prob = false: Megatron-Core always normalises sigmoid routing weights")

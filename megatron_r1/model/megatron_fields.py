@@ -85,6 +85,8 @@ ARCHITECTURE = frozenset(
         "mtp_num_layers",
     )
 )
+# Fields whose counterpart here is another key.
+ELSEWHERE = {"mtp_loss_scaling_factor": "stage.mtp_loss (pretrain) and stage.grpo.mtp_loss"}
 # Fields of Megatron's OptimizerConfig that follow from a key of ours.
 OPTIMIZER_KEYS = {
     "lr": "stage.optimizer.lr",
@@ -104,6 +106,14 @@ OPTIMIZER_KEYS = {
 # Fields that need a counterpart elsewhere in Megatron, or another optimizer than Adam, whose checkpoints differ.
 OPTIMIZER_REFUSED = (
     *("optimizer", "overlap_param_gather", "overlap_param_gather_with_optimizer_step", "timers", "config_logger_dir"),
+)
+# Fields that Adam without fp16 never reads.
+OPTIMIZER_UNREAD = ("sgd_", "muon_", "loss_scale", "initial_loss_scale", "min_loss_scale", "hysteresis")
+# Fields that take another dtype than fp32 only from Transformer Engine's Adam.
+OPTIMIZER_DTYPES = ("main_grads_dtype", "main_params_dtype", "exp_avg_dtype", "exp_avg_sq_dtype")
+OFFLOAD_FIELDS = (
+    *("optimizer_offload_fraction", "use_torch_optimizer_for_cpu_offload", "overlap_cpu_optimizer_d2h_h2d"),
+    *("pin_cpu_grads", "pin_cpu_params"),
 )
 # TOML has no dtypes: their names, and torch's. fp8 moments are kept in bytes.
 DTYPE_NAMES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16", "fp8": "uint8"}
@@ -135,6 +145,8 @@ def check_pass_through(fields: Mapping[str, Any], *, latent_attention: bool) -> 
                 f"[model.megatron] {key}: this field follows from the architecture; change it with model.override, "
                 "under its name in config.json (model.mtp for the multi-token-prediction layers)"
             )
+        if key in ELSEWHERE:
+            raise UserError(f"[model.megatron] {key} has no effect; set {ELSEWHERE[key]} instead")
     _check("[model.megatron]", fields, classes)
 
 
@@ -155,6 +167,18 @@ def check_optimizer_fields(fields: Mapping[str, Any], stage: str) -> None:
         if key in OPTIMIZER_REFUSED:
             raise UserError(f"{table} {key} is not free: this project's optimizer is Adam on its own schedule")
     _check(table, fields, ("OptimizerConfig",))
+    for key in fields:
+        if key.startswith(OPTIMIZER_UNREAD):
+            raise UserError(f"{table} {key} has no effect: the optimizer is Adam, without fp16; leave it out")
+        if key in OFFLOAD_FIELDS and not fields.get("optimizer_cpu_offload"):
+            raise UserError(
+                f"{table} {key} has no effect without optimizer_cpu_offload = true; set it, or leave it out"
+            )
+        if key in OPTIMIZER_DTYPES and fields[key] != "fp32" and not fields.get("use_precision_aware_optimizer"):
+            raise UserError(
+                f'{table} {key} = "{fields[key]}" needs use_precision_aware_optimizer = true (Transformer Engine\'s '
+                'Adam, with parallel.distributed_optimizer); set it, or leave the dtype at "fp32"'
+            )
     if fields.get("use_precision_aware_optimizer") and not transformer_engine_installed():
         raise UserError(
             f"{table} use_precision_aware_optimizer needs Transformer Engine's Adam, which is not installed: "

@@ -7,6 +7,7 @@ device itself is looked at by the ranks (`model/kernels.py`); the arithmetic of 
 from __future__ import annotations
 
 import importlib.util
+import math
 import os
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -33,6 +34,16 @@ def row_multiple(precision: Precision) -> int:
     both sizes. The emulation takes partial tiles as they come: 1.
     """
     return BLOCK if precision == "fp8-blockwise" else 1
+
+
+def row_alignment(layout: ParallelConfig, multiple: int) -> int:
+    """Tokens that the length of a whole row is rounded up to, before context-parallel ranks take their slices.
+
+    Each context rank holds two chunks of every sequence (zig-zag), and tensor-parallel ranks share what it holds
+    (sequence parallelism). multiple: what a rank's share must divide by, from `row_multiple`.
+    """
+    zigzag = 2 * layout.context if layout.context > 1 else 1
+    return math.lcm(zigzag, layout.context * layout.tensor * multiple)
 
 
 def transformer_engine_installed() -> bool:

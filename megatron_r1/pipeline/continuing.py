@@ -1,7 +1,8 @@
 """May this recipe go on with the run in that folder? Not if something finished was made with other settings. No torch.
 
-The layout, what is recomputed, step counts, checkpoint intervals and everything of stages that are not done may change
-between two starts; the model, the tokenizer, the seed and the settings of finished stages may not.
+The layout, what is recomputed, how a stage cuts its batches into micro-batches (micro_batch_tokens, packing) and
+everything of stages that are not done may change between two starts: of what is finished only rounding depends on them.
+The model, the tokenizer, the seed and the other settings of finished stages may not.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from megatron_r1.observe.rundir import RunDir
 
 _FIXED = ("seed", "model", "tokenizer")
 _FREE = "model.recompute"  # recompute, recompute_modules, ...: memory and time, not numbers
+_FREE_OF_STAGE = ("micro_batch_tokens", "packing")  # the same, up to rounding
 _SHOWN = 8  # differences that the message lists
 
 
@@ -30,7 +32,9 @@ def check_continues(config: RunConfig, run: RunDir) -> None:
     done = {state.name for state in run.read_stages() if state.state == "done"}
     before, after = _stages(old), _stages(new)
     for name in sorted(done & after.keys()):
-        found += _differences(f"stage.{name}", before.get(name), after[name])
+        free = tuple(f"stage.{name}.{key}:" for key in _FREE_OF_STAGE)
+        lines = _differences(f"stage.{name}", before.get(name), after[name])
+        found += [line for line in lines if not line.startswith(free)]
     if found:
         shown = "\n  ".join(found[:_SHOWN]) + (f"\n  and {len(found) - _SHOWN} more" if len(found) > _SHOWN else "")
         raise UserError(

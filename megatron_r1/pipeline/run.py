@@ -9,15 +9,18 @@ from itertools import islice
 from pathlib import Path
 
 from megatron_r1.checkpoint import folders
+from megatron_r1.config.effects import check_effects
 from megatron_r1.config.errors import UserError
-from megatron_r1.config.run import EvalStage, GrpoStage, PretrainStage, RewardModelStage, RunConfig
+from megatron_r1.config.model import ModelConfig, ParallelConfig
+from megatron_r1.config.run import EvalStage, GrpoStage, PretrainStage, RewardModelStage, RunConfig, TrainStage
 from megatron_r1.config.validate import check_layout
 from megatron_r1.data.corpus import Corpus
 from megatron_r1.data.preference_pairs import PairBatches, PreferencePairs
 from megatron_r1.data.prompts import PromptSource, open_prompts
 from megatron_r1.data.tokenizers import Tokenizer, build_tokenizer
 from megatron_r1.model.megatron_fields import check_optimizer_fields, check_pass_through
-from megatron_r1.model.precision import check_precision
+from megatron_r1.model.megatron_traps import check_traps
+from megatron_r1.model.precision import check_precision, row_alignment, row_multiple, transformer_engine_installed
 from megatron_r1.model.presets import Architecture, architecture
 
 
@@ -31,9 +34,14 @@ def preflight(config: RunConfig, processes: int) -> tuple[Architecture, Tokenize
     check_pass_through(config.model.megatron, latent_attention=arch["model_type"] == "deepseek_v3")
     check_layout(arch, config.parallel, None, megatron=config.model.megatron)
     check_precision(config.model, arch, config.parallel)
+    # Whether the ranks have GPUs is not known here: they may run on other machines.
+    installed = transformer_engine_installed()
+    check_traps(arch, config.model, config.parallel, on_cpu=False, transformer_engine=installed)
+    check_effects(config, arch)
     for stage in config.stage:
         if not isinstance(stage, EvalStage):
             check_optimizer_fields(stage.optimizer.megatron, stage.name)
+            _check_rows(stage, config.model, config.parallel)
         if stage.init_from is not None:
             _check_start(stage.init_from, stage.name, config)
         if config.parallel.dispatcher == "allgather" and not getattr(stage, "packing", True):
@@ -98,6 +106,17 @@ def _check_start(source: str, name: str, config: RunConfig) -> None:
         if found is None:
             raise UserError(f"stage.{name}.from = {source!r}: that folder holds no complete checkpoint (step-<number>)")
         folders.check(found)
+
+
+def _check_rows(stage: TrainStage, model: ModelConfig, layout: ParallelConfig) -> None:
+    least = row_alignment(layout, row_multiple(model.precision))
+    if stage.micro_batch_tokens < least:
+        raise UserError(
+            f"stage.{stage.name}.micro_batch_tokens = {stage.micro_batch_tokens}: with parallel.tensor = "
+            f'{layout.tensor}, parallel.context = {layout.context} and model.precision = "{model.precision}" a row has '
+            f"a multiple of {least} tokens, so every sequence would be a micro-batch of its own; set "
+            f"micro_batch_tokens = {least} or more"
+        )
 
 
 def _check_pairs(stage: RewardModelStage, config: RunConfig, tokenizer: Tokenizer, arch: Architecture) -> None:

@@ -15,6 +15,7 @@ from typing import Any
 from megatron_r1.config.errors import RunFailed, UserError
 from megatron_r1.config.run import EvalStage, GrpoStage, PretrainStage, RewardModelStage, RunConfig, Stage
 from megatron_r1.model import kernels
+from megatron_r1.model.presets import Architecture
 from megatron_r1.observe.rundir import RunDir, StageState
 from megatron_r1.pipeline.run import checkpoint_of, preflight, start_of
 
@@ -84,6 +85,8 @@ def _run_stages(config: RunConfig, run: RunDir, world: Any) -> None:
     evals = [stage for stage in config.stage if isinstance(stage, EvalStage)]
     heldout = heldout_ids(prompt for stage in evals for prompt in heldout_prompts(stage, tokenizer))
     states = _states(config, run)
+    ahead = [stage for stage, state in zip(config.stage, states, strict=True) if state.state != "done"]
+    _check_on_device(ahead, config, arch, world)
     if world.rank == 0:
         run.write_stages(states)
     forget_stop_file(run.path, world)
@@ -98,6 +101,20 @@ def _run_stages(config: RunConfig, run: RunDir, world: Any) -> None:
         _run_stage(stage, index, context)
     if world.rank == 0:
         write_summary(run)
+
+
+def _check_on_device(stages: list[Stage], config: RunConfig, arch: Architecture, world: Any) -> None:
+    """What only Megatron or this rank's device can judge, of every stage before the first one trains. Builds no model.
+
+    Raises UserError for a model or an optimizer that cannot be built here.
+    """
+    from megatron_r1.model.build import model_config
+    from megatron_r1.train.optimizer import optimizer_config
+
+    for stage in stages:
+        model_config(arch, config.model, world, scalar_head=isinstance(stage, RewardModelStage))
+        if not isinstance(stage, EvalStage):
+            optimizer_config(stage.optimizer, config.model, world, f"stage.{stage.name}.optimizer.megatron")
 
 
 def _run_stage(stage: Stage, index: int, context: Any) -> None:

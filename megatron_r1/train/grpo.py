@@ -16,7 +16,6 @@ from megatron_r1.algorithms.weights import count
 from megatron_r1.config.run import GrpoStage
 from megatron_r1.data.cursor import PromptCursor
 from megatron_r1.data.prompts import open_prompts
-from megatron_r1.model.precision import row_multiple
 from megatron_r1.model.reference import Reference
 from megatron_r1.model.routing import check_replayable
 from megatron_r1.observe.rollouts import RolloutWriter
@@ -50,8 +49,7 @@ def grpo(stage: GrpoStage, context: RunContext, start: Path | None) -> dict[str,
         expert_bias_frozen=config.expert_bias == "frozen",
     )
     reference = Reference(trainer.models, 0, config.loss.reference_memory) if config.loss.needs_reference else None
-    multiple = row_multiple(context.config.model.precision)
-    batcher = Batcher(world, stage.micro_batch_tokens, context.tokenizer.pad_id, stage.packing, multiple)
+    batcher = Batcher.of(stage, context)
     if config.routing_replay != "none":
         check_replayable(trainer.config)
     engine = MegatronEngine(

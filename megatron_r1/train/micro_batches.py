@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from megatron_r1.config.run import TrainStage
 from megatron_r1.data.batching import MicroBatch, make_micro_batches
+from megatron_r1.model.precision import row_alignment, row_multiple
 from megatron_r1.parallel.world import World
+from megatron_r1.train.context import RunContext
 from megatron_r1.types import Sample
 
 
@@ -27,6 +29,13 @@ class Batcher:
     token_multiple: int = 1  # what the number of tokens that a rank holds of a row must divide by (FP8: 128)
     together: int = 1  # each so many samples in a row share a micro-batch (2: pairs)
 
+    @classmethod
+    def of(cls, stage: TrainStage, context: RunContext, together: int = 1) -> Batcher:
+        """As the stage's recipe says."""
+        multiple = row_multiple(context.config.model.precision)
+        pad_id = context.tokenizer.pad_id
+        return cls(context.world, stage.micro_batch_tokens, pad_id, stage.packing, multiple, together)
+
     def __call__(self, samples: Sequence[Sample], mtp_depths: int = 0) -> list[MicroBatch]:
         """The micro-batches; mtp_depths: how many tokens ahead multi-token prediction looks beyond the next one."""
         layout, world = self.world.layout, self.world
@@ -36,7 +45,7 @@ class Batcher:
             self.max_tokens,
             self.pad_id,
             packed=self.packed,
-            multiple_of=math.lcm(zigzag, layout.context * layout.tensor * self.token_multiple),
+            multiple_of=row_alignment(layout, self.token_multiple),
             sequence_multiple_of=zigzag,
             fixed_length=layout.dispatcher == "allgather",
             shards=world.data_size,

@@ -18,7 +18,6 @@ from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from megatron_r1.config.errors import UserError
 from megatron_r1.config.model import ModelConfig
 from megatron_r1.config.optim import OptimizerConfig
-from megatron_r1.model.build import unwrap
 from megatron_r1.model.megatron_config import resolve_dtypes
 from megatron_r1.model.precision import bf16_parameters
 from megatron_r1.parallel.world import World
@@ -51,13 +50,26 @@ def build_optimizer(
 ) -> Any:
     """Megatron's optimizer (Adam, fp32 master weights where parameters are bf16) over wrapped chunks. Collective.
 
-    Raises UserError for a combination of the `megatron` table that Megatron-Core refuses, or that needs a GPU.
+    Raises UserError as `optimizer_config` does.
+    """
+    config = optimizer_config(optimizer, model, world)
+    return get_megatron_optimizer(config, chunks, use_gloo_process_groups=world.device.type != "cpu")
+
+
+def optimizer_config(
+    optimizer: OptimizerConfig, model: ModelConfig, world: World, table: str = "stage.optimizer.megatron"
+) -> MegatronOptimizerConfig:
+    """Megatron's configuration of the optimizer on this rank's device. Builds nothing.
+
+    Raises UserError for a combination of the `megatron` table, called `table` in the message, that Megatron-Core
+    refuses, or that needs a GPU.
     """
     if optimizer.megatron.get("optimizer_cpu_offload") and world.device.type == "cpu":
         raise UserError(
-            "stage.optimizer.megatron: optimizer_cpu_offload moves optimizer state from a GPU to the CPU, and this run "
+            f"{table}: optimizer_cpu_offload moves optimizer state from a GPU to the CPU, and this run "
             "has no GPU (Megatron-Core's HybridDeviceOptimizer fails without one); leave it out here"
         )
+    bf16 = bf16_parameters(model.precision)
     fields: dict[str, Any] = dict(
         optimizer="adam",
         lr=optimizer.lr,
@@ -67,17 +79,16 @@ def build_optimizer(
         adam_beta2=optimizer.beta2,
         adam_eps=optimizer.eps,
         clip_grad=optimizer.clip_grad,
-        bf16=bf16_parameters(model.precision),
+        bf16=bf16,
         fp8_recipe="blockwise" if model.precision == "fp8-blockwise" else None,
-        params_dtype=unwrap(chunks[0]).config.params_dtype,
+        params_dtype=torch.bfloat16 if bf16 else torch.float32,
         use_distributed_optimizer=world.layout.distributed_optimizer,
     )
     fields.update(resolve_dtypes(optimizer.megatron, MegatronOptimizerConfig))
     try:
-        config = MegatronOptimizerConfig(**fields)
+        return MegatronOptimizerConfig(**fields)
     except (AssertionError, TypeError, ValueError, RuntimeError) as error:
-        raise UserError(f"Megatron-Core refuses stage.optimizer.megatron {optimizer.megatron}: {error}") from error
-    return get_megatron_optimizer(config, chunks, use_gloo_process_groups=world.device.type != "cpu")
+        raise UserError(f"Megatron-Core refuses {table} {optimizer.megatron}: {error}") from error
 
 
 def take_step(megatron_optimizer: Any, chunks: list[DistributedDataParallel]) -> float:

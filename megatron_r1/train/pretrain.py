@@ -10,7 +10,6 @@ from pathlib import Path
 
 from megatron_r1.config.run import PretrainStage
 from megatron_r1.data.text_batches import TextBatches
-from megatron_r1.model.precision import row_multiple
 from megatron_r1.train.context import RunContext
 from megatron_r1.train.loop import StageLoop
 from megatron_r1.train.micro_batches import Batcher
@@ -27,8 +26,7 @@ def pretrain(stage: PretrainStage, context: RunContext, start: Path | None) -> d
     trainer = Trainer(
         context.arch, context.config.model, world, stage.optimizer, stage.steps, train_mtp=stage.mtp_loss > 0
     )
-    multiple = row_multiple(context.config.model.precision)
-    batcher = Batcher(world, stage.micro_batch_tokens, tokenizer.pad_id, stage.packing, multiple)
+    batcher = Batcher.of(stage, context)
     batches = TextBatches(
         stage.corpus,
         tokenizer,

@@ -15,7 +15,6 @@ from megatron_r1.config.run import RewardModelStage
 from megatron_r1.data.heldout import heldout_ids
 from megatron_r1.data.preference_pairs import PairBatches, PreferencePairs, sequences
 from megatron_r1.data.tokenizers import Tokenizer
-from megatron_r1.model.precision import row_multiple
 from megatron_r1.train.context import RunContext
 from megatron_r1.train.loop import StageLoop
 from megatron_r1.train.micro_batches import Batcher
@@ -45,8 +44,7 @@ def reward_model(stage: RewardModelStage, context: RunContext, start: Path | Non
         expert_bias_frozen=True,  # the experts stay where the language model left them
         scalar_head=True,
     )
-    multiple = row_multiple(context.config.model.precision)
-    batcher = Batcher(world, stage.micro_batch_tokens, tokenizer.pad_id, stage.packing, multiple, together=2)
+    batcher = Batcher.of(stage, context, together=2)
     longest = stage.longest(context.arch["max_position_embeddings"])
     heldout = _heldout_pairs(stage, tokenizer, longest)
     source = PreferencePairs(stage.pairs, tokenizer)

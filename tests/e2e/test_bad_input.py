@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import json
+import importlib.util
 import shutil
 import subprocess
 from collections.abc import Iterator
@@ -50,7 +50,68 @@ MISTAKES: dict[str, tuple[list[str], list[str]]] = {
     "from no folder": (['stage.r1-zero.from="./nowhere"'], ["nowhere", "nor a checkpoint folder"]),
     "from an evaluation": (['stage.r1-zero.from="eval-base"'], ["an eval stage makes no weights"]),
     "no data file": ([DATA], ["data.jsonl' does not exist"]),
+    "replay on a dense model": (
+        ['model={ preset = "tiny-dense" }'],
+        ['stage.r1-zero.grpo.routing_replay = "rollout": this architecture is dense', 'set it to "none"'],
+    ),
+    "mtp_loss without MTP": (
+        ["model.mtp=false"],
+        ["stage.r1-zero.grpo.mtp_loss = 0.1 without effect", "model.mtp = false"],
+    ),
+    "nothing to replay": (
+        ['stage.r1-zero.grpo.routing_replay="trainer"', "stage.r1-zero.grpo.minibatches=1"],
+        ["stage.r1-zero.grpo: routing_replay", "nothing to replay", "epochs = 1"],
+    ),
+    "padded rows with allgather": (
+        ['parallel.dispatcher="allgather"', "stage.pretrain.packing=false"],
+        ["stage.pretrain.packing = false", "set packing = true, or use alltoall"],
+    ),
+    "experts without sequence parallelism": (
+        ["parallel.tensor=2", "parallel.sequence=false"],
+        ["sequence is false with tensor above 1", "set sequence = true"],
+    ),
+    "correction method": (
+        ['stage.r1-zero.grpo.correction.method="tiss"'],
+        ['stage.r1-zero.grpo.correction.method: got "tiss"', "did you mean 'tis'"],
+    ),
+    "metric of a limit": (
+        ['stage.r1-zero.grpo.mismatch_limit=[{ metric = "policy/kl", above = 1.0 }]'],
+        ["stage.r1-zero.grpo.mismatch_limit", "metric: got", "policy/engine_gap"],
+    ),
+    "rows longer than a micro-batch": (
+        ["parallel.context=4", "stage.pretrain.micro_batch_tokens=3"],
+        ["stage.pretrain.micro_batch_tokens = 3", "parallel.context = 4", "set micro_batch_tokens = 8 or more"],
+    ),
+    "router z-loss": (
+        ["model.megatron.moe_z_loss_coeff=0.001"],
+        ["[model.megatron] moe_z_loss_coeff = 0.001", "wrongly", "the expert bias balances the load"],
+    ),
+    "recompute method without recompute": (
+        ['model.recompute_method="block"'],
+        ["recompute = 'none' takes no `recompute_method`", 'belongs to "full"'],
+    ),
 }
+if importlib.util.find_spec("transformer_engine") is None:  # what is refused without it
+    BLOCKS = ("hidden_size", "intermediate_size", "moe_intermediate_size", "q_lora_rank", "kv_lora_rank")
+    HEADS = ("qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim")
+    MISTAKES |= {
+        "fp8 without Transformer Engine": (
+            [
+                'model.precision="fp8-blockwise"',
+                *(f"model.override.{key}=128" for key in BLOCKS),
+                *(f"model.override.{key}=64" for key in HEADS),
+            ],
+            ['model.precision = "fp8-blockwise" needs Transformer Engine', "megatron-r1[gpu]", '"fp8-emulated"'],
+        ),
+        "norms recomputed without Transformer Engine": (
+            ['model.recompute="selective"', 'model.recompute_modules=["layernorm"]'],
+            ['model.recompute_modules: "layernorm" does not work without Transformer Engine', 'or recompute = "full"'],
+        ),
+        "attention window without Transformer Engine": (
+            ["model.megatron.window_size=[16, 0]"],
+            ["[model.megatron] window_size = [16, 0] is Transformer Engine's", "leave it out"],
+        ),
+    }
 
 BAD_DATA = {
     "empty file": ("", ["data.jsonl holds no rows"]),
@@ -132,7 +193,7 @@ def test_a_run_directory_that_cannot_be_made(tmp_path: Path) -> None:
 
 
 def test_what_only_megatron_can_judge_is_one_message_too(tmp_path: Path) -> None:
-    """Found when the model is built, so the run directory exists by then; it holds no checkpoint."""
+    """Found by the ranks, so the run directory exists by then, but before the first stage: nothing has run."""
     run = tmp_path / "run"
     impossible = 'model.megatron={ recompute_granularity = "full" }'  # without recompute_method
     process = finish("run", write_recipe(tmp_path), impossible, "--run-dir", run)
@@ -141,9 +202,24 @@ def test_what_only_megatron_can_judge_is_one_message_too(tmp_path: Path) -> None
     assert "megatron-r1: error: Megatron-Core refuses this model and layout" in process.stderr
     assert "recompute_method" in process.stderr
     assert "Traceback" not in process.stderr
+    check_nothing_ran(run)
+
+
+def test_what_only_the_device_can_judge_is_found_before_the_first_stage(tmp_path: Path) -> None:
+    """The last training stage asks for a GPU: the stages before it do not run first."""
+    if Path("/dev/nvidia0").exists():
+        pytest.skip("there is a GPU")
+    run = tmp_path / "run"
+    offload = "stage.r1-zero.optimizer.megatron={ optimizer_cpu_offload = true, optimizer_offload_fraction = 1.0 }"
+    process = finish("run", write_recipe(tmp_path), offload, "--run-dir", run)
+    assert process.returncode == 2, process.stderr
+    assert "stage.r1-zero.optimizer.megatron: optimizer_cpu_offload moves" in process.stderr
+    check_nothing_ran(run)
+
+
+def check_nothing_ran(run: Path) -> None:
     assert checkpoints(run, "pretrain") == []
-    states = json.loads((run / "stages.json").read_text())["stages"]
-    assert [state["state"] for state in states] == ["failed", "pending", "pending", "pending"]
+    assert not (run / "stages.json").exists()
 
 
 @pytest.fixture

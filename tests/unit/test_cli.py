@@ -21,6 +21,7 @@ from megatron_r1.config.run import RunConfig
 from tests.unit.config.recipes import write
 
 ROOT = Path(__file__).parents[2]
+PAPER = 'model.precision="fp8-blockwise"'  # the one departure of the minimal recipe
 
 
 @pytest.fixture
@@ -86,7 +87,7 @@ def test_run_writes_its_files_and_starts_the_layouts_ranks(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     recipe = write(tmp_path)
-    assert cli.main(["run", str(recipe), "parallel.tensor=2", "parallel.data=2", "threads=3", "seed=7"]) == 0
+    assert cli.main(["run", str(recipe), "parallel.tensor=2", "parallel.data=2", "threads=3", "seed=7", PAPER]) == 0
     run_dir = tmp_path / "runs" / "demo"
     command, nproc, log_dir, env = calls["launch"]
     assert nproc == 4

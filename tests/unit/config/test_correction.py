@@ -117,7 +117,7 @@ def test_wrong_combinations_are_refused(tmp_path: Path, tables: str, words: str)
 
 def test_a_correction_and_a_masking_limit_are_departures_a_warning_is_none(tmp_path: Path) -> None:
     def found(tables: str) -> dict[str, str]:
-        listed = departures(load(write(tmp_path, recipe(tables))))
+        listed = departures(load(write(tmp_path, recipe(tables)), ["model.precision=fp8-blockwise"]))
         return {d.key.removeprefix("stage.r1.zero.grpo."): d.here for d in listed}
 
     assert found(TABLES) == {

@@ -12,7 +12,8 @@ from tests.unit.config.recipes import MINIMAL, write
 
 
 def found(folder: Path, *overrides: str) -> dict[str, tuple[str, str]]:
-    return {d.key: (d.paper, d.here) for d in departures(load(write(folder), list(overrides)))}
+    changes = ["model.precision=fp8-blockwise", *overrides]
+    return {d.key: (d.paper, d.here) for d in departures(load(write(folder), changes))}
 
 
 def test_the_papers_recipe_departs_in_nothing(tmp_path: Path) -> None:
@@ -45,6 +46,10 @@ def test_the_papers_recipe_departs_in_nothing(tmp_path: Path) -> None:
         ("sampling.max_new_tokens", "64", "32768", "64"),
         ("sampling.stop", "['x']", "none", "['x']"),
         ("prompts.template", "plain", "r1-zero", "plain"),
+        ("grpo.routing_replay", "rollout", "none", "rollout"),
+        ("grpo.mtp_loss", "0.1", "0", "0.1"),
+        ("grpo.expert_bias", "updated", "frozen", "updated"),
+        ("grpo.correction.method", "tis", "none", "tis"),
     ],
 )
 def test_one_departure_at_a_time(tmp_path: Path, key: str, value: str, paper: str, here: str) -> None:
@@ -73,7 +78,16 @@ def test_only_the_proportion_of_the_reward_weights_matters(tmp_path: Path) -> No
     }
     alone = MINIMAL.replace('[[stage.reward]]\nkind = "format"\n', "")
     path = write(tmp_path, alone, "alone.toml")
-    assert [d.here for d in departures(load(path))] == ["accuracy x 1"]
+    assert [d.here for d in departures(load(path))] == ["fp32", "accuracy x 1"]
+
+
+def test_precision_is_compared_where_there_is_reinforcement_learning(tmp_path: Path) -> None:
+    for precision in ("fp32", "bf16", "fp8-emulated"):
+        here = found(tmp_path, f"model.precision={precision}")
+        assert here == {"model.precision": ("fp8-blockwise", precision)}
+    start, _, rest = MINIMAL.partition('[[stage]]\nkind = "grpo"')
+    only_pretraining = write(tmp_path, start, "pretraining.toml")
+    assert rest and departures(load(only_pretraining)) == []
 
 
 def test_evaluation_is_compared_with_the_papers_evaluation(tmp_path: Path) -> None:

@@ -196,12 +196,34 @@ def test_every_reserved_field_exists(world: World) -> None:
         ),
         (
             {"megatron": {"moe_router_load_balancing_type": "seq_aux_loss"}},
-            ["moe_router_load_balancing_type = seq_aux_loss", "scales it wrongly", "use 'none' with the expert bias"],
+            ["moe_router_load_balancing_type = seq_aux_loss", "losses wrongly", "the expert bias balances the load"],
         ),
         (
-            {"megatron": {"moe_router_load_balancing_type": ["aux_loss", "seq_aux_loss"]}},
-            ["moe_router_load_balancing_type = seq_aux_loss"],
+            {"megatron": {"moe_router_load_balancing_type": ["aux_loss", "none"], "moe_aux_loss_coeff": [0.1, 0.0]}},
+            ["moe_router_load_balancing_type = aux_loss", "moe_aux_loss_coeff = [0.1, 0.0]"],
         ),
+        (
+            {"megatron": {"moe_router_load_balancing_type": "sinkhorn"}},
+            ["moe_router_load_balancing_type = sinkhorn: it chooses by another rule than the published model"],
+        ),
+        (
+            {"megatron": {"moe_z_loss_coeff": 0.1}},
+            ["moe_z_loss_coeff = 0.1: Megatron-Core 0.16.1 scales", "leave it out"],
+        ),
+        (
+            {"megatron": {"moe_expert_capacity_factor": 1.5}},
+            ["moe_expert_capacity_factor = 1.5", "depend on the layout"],
+        ),
+        (
+            {"megatron": {"moe_enable_routing_replay": True}},
+            ["moe_enable_routing_replay = true", "grpo.routing_replay"],
+        ),
+        ({"megatron": {"moe_input_jitter_eps": 0.1}}, ["moe_input_jitter_eps = 0.1: noise in the router"]),
+        ({"preset": "tiny-dense", "megatron": {"moe_router_dtype": "fp32"}}, ["moe_router_dtype", "is dense"]),
+        ({"megatron": {"qk_clip": True}}, ["qk_clip = true has no effect", "Megatron's training loop"]),
+        ({"megatron": {"softmax_scale": 0.5}}, ["softmax_scale = 0.5 has no effect: multi-head latent attention"]),
+        ({"megatron": {"mtp_loss_scaling_factor": 0.3}}, ["mtp_loss_scaling_factor has no effect; set stage.mtp_loss"]),
+        ({"megatron": {"attention_backend": "sdpa"}}, ['attention_backend: got "sdpa"; allowed: "auto", "flash"']),
         (
             {"arch": {"norm_topk_prob": False}},
             ["norm_topk_prob = false: Megatron-Core always normalises sigmoid routing weights"],
@@ -220,6 +242,64 @@ def test_every_reserved_field_exists(world: World) -> None:
 def test_silent_traps_are_refused(world: World, arguments: dict[str, Any], words: list[str]) -> None:
     said = refusal(**arguments)
     assert [word for word in words if word not in said] == [], said
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("attention_dropout", 0.1),
+        ("softmax_type", "learnable"),
+        ("window_size", [16, 0]),
+        ("apply_query_key_layer_scaling", True),
+        ("attention_softmax_in_fp32", False),
+        ("masked_softmax_fusion", True),
+        ("attention_backend", "flash"),
+        ("cp_comm_type", "a2a"),
+        ("layernorm_zero_centered_gamma", True),
+        ("moe_router_fusion", True),
+    ],
+)
+def test_what_only_transformer_engine_reads_is_refused_without_it(world: World, key: str, value: Any) -> None:
+    for on_cpu, where in ((True, "on a CPU"), (False, "without Transformer Engine")):
+        said = refusal(megatron={key: value}, on_cpu=on_cpu)
+        assert f"[model.megatron] {key} = " in said and f"is Transformer Engine's: {where}" in said
+
+
+def test_with_transformer_engine_those_pass(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    from megatron.core.transformer.enums import AttnBackend
+
+    from megatron_r1.model import megatron_config
+
+    monkeypatch.setattr(megatron_config, "transformer_engine_installed", lambda: True)
+    config = build("tiny-dense", {"attention_dropout": 0.1, "attention_backend": "flash"}, on_cpu=False)
+    assert config.attention_dropout == 0.1 and config.attention_backend is AttnBackend.flash  # no mere name
+
+
+def test_neutral_values_pass(world: World) -> None:
+    neutral = {"attention_dropout": 0.0, "qk_clip": False, "moe_z_loss_coeff": 0.0, "moe_aux_loss_coeff": 0.0}
+    config = build(megatron={**neutral, "moe_router_load_balancing_type": "none", "hidden_dropout": 0.1})
+    assert (config.hidden_dropout, config.moe_router_load_balancing_type) == (0.1, "none")
+
+
+def test_every_trap_names_a_field_and_its_default(world: World) -> None:
+    """A neutral value that is not the project's own would refuse, or let pass, the wrong thing."""
+    import dataclasses
+
+    from megatron.core.transformer.enums import AttnBackend
+    from megatron.core.transformer.transformer_config import MLATransformerConfig
+
+    from megatron_r1.model import megatron_traps as traps
+    from megatron_r1.model.megatron_fields import ELSEWHERE
+
+    fields = {field.name for field in dataclasses.fields(MLATransformerConfig)}
+    named = {*traps._ROUTER, *traps._UNREAD, *traps._TRANSFORMER_ENGINE, *ELSEWHERE}
+    assert named <= fields
+    built = build()
+    neutral = {**{key: value for key, (value, _) in traps._ROUTER.items()}, **traps._TRANSFORMER_ENGINE}
+    for key, value in neutral.items():
+        actual = getattr(built, key)
+        actual = actual.name if isinstance(actual, AttnBackend) else actual
+        assert actual == value or (key == "moe_z_loss_coeff" and actual is None), key
 
 
 @pytest.mark.parametrize(("dispatcher", "lengths_vary"), [("alltoall", True), ("allgather", False)])

@@ -11,6 +11,7 @@ from pydantic import ValidationError
 from megatron_r1.config.errors import UserError
 from megatron_r1.config.model import ModelConfig, ParallelConfig
 from megatron_r1.model import megatron_config
+from megatron_r1.model.megatron_traps import check_traps
 from megatron_r1.model.presets import architecture
 from megatron_r1.parallel.world import World
 
@@ -65,6 +66,7 @@ def test_what_reaches_megatron(world: World) -> None:
         ({"recompute": "full", "recompute_modules": ["mlp"]}, "recompute = 'full' takes no `recompute_modules`"),
         ({"recompute_modules": ["mlp"]}, "recompute = 'none' takes no `recompute_modules`"),
         ({"recompute_layers": 2}, "recompute = 'none' takes no `recompute_layers`"),
+        ({"recompute_method": "block"}, "recompute = 'none' takes no `recompute_method`"),
         ({"recompute": "selective", "recompute_modules": ["attention"]}, "'core_attn', 'moe_act'"),
         ({"recompute": "full", "megatron": {"recompute_num_layers": 2}}, "recompute_num_layers: set only one of them"),
     ],
@@ -94,8 +96,8 @@ def test_with_transformer_engine_they_are_allowed(world: World, monkeypatch: pyt
         megatron(on_cpu=False, **chosen)
     monkeypatch.setattr(megatron_config, "transformer_engine_installed", lambda: True)
     assert asked(megatron(on_cpu=False, **chosen))[3] == ["layernorm"]
-    v3 = {"recompute_granularity": "selective", "recompute_modules": ["layernorm", "mla_up_proj", "moe_act"]}
-    megatron_config._refuse_recompute(v3, on_cpu=False)
+    v3 = model(recompute="selective", recompute_modules=["layernorm", "mla_up_proj", "moe_act"])
+    check_traps(architecture(v3, VOCAB), v3, ParallelConfig(), on_cpu=False, transformer_engine=True)
 
 
 def test_offloading_is_reachable(world: World) -> None:

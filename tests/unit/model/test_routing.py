@@ -337,9 +337,27 @@ def test_a_router_that_hides_its_choice_is_still_counted_and_recorded(model: Any
     assert torch.allclose(hidden.table_KC, shown.table_KC, rtol=1e-6)
 
 
+def set_on_the_built_config(monkeypatch: pytest.MonkeyPatch, **fields: Any) -> None:
+    """Give the next models fields that `[model.megatron]` refuses."""
+    from megatron_r1.model import build
+
+    stock = build.transformer_config
+
+    def changed(*args: Any, **keywords: Any) -> Any:
+        config = stock(*args, **keywords)
+        for key, value in fields.items():
+            setattr(config, key, value)
+        return config
+
+    monkeypatch.setattr(build, "transformer_config", changed)
+
+
 @pytest.mark.parametrize("pad", [False, True])
-def test_dropped_assignments_are_those_beyond_the_capacity(pad: bool, world: World) -> None:
-    model = make_model(world, moe_expert_capacity_factor=1.0, moe_pad_expert_input_to_capacity=pad).train()
+def test_dropped_assignments_are_those_beyond_the_capacity(
+    pad: bool, world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    set_on_the_built_config(monkeypatch, moe_expert_capacity_factor=1.0, moe_pad_expert_input_to_capacity=pad)
+    model = make_model(world).train()
     with tapped(model) as taps:
         taps.begin(valid(16), record=True)
         forward(model, tokens(1, 16))
@@ -448,11 +466,13 @@ def test_what_cannot_work_is_refused(model: Any, taps: Any, monkeypatch: pytest.
         taps.begin(valid(4), other_experts(4))
 
 
-def test_megatrons_own_replay_is_refused(world: World) -> None:
+def test_megatrons_own_replay_is_refused(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
     from megatron_r1.model.routing import RoutingTaps
 
+    set_on_the_built_config(monkeypatch, moe_enable_routing_replay=True)
+    model = make_model(world)
     with pytest.raises(UserError, match="moe_enable_routing_replay"):
-        RoutingTaps([make_model(world, moe_enable_routing_replay=True)])
+        RoutingTaps([model])
 
 
 def test_removed_taps_leave_nothing(model: Any) -> None:

@@ -56,6 +56,8 @@ def run(tmp_path: Path) -> RunDir:
         {"stage__i1__steps": 9},
         {"stage__i1__optimizer": {"lr": 1e-5}},
         {"threads": 2},
+        {"stage__i0__micro_batch_tokens": 512},  # of a finished stage: memory and speed; results differ by rounding
+        {"stage__i0__packing": False},
         {"model": {"preset": "tiny-moe", "recompute": "selective", "recompute_modules": ["mlp"]}},
     ],
 )
@@ -72,6 +74,7 @@ def test_what_may_change(run: RunDir, changes: dict[str, Any]) -> None:
         ({"model": {"preset": "tiny-moe", "precision": "bf16"}}, "model.precision: was 'fp32', now 'bf16'"),
         ({"tokenizer": {"kind": "byte"}}, "tokenizer.kind: was 'char', now 'byte'"),
         ({"stage__i0__optimizer": {"lr": 1e-5}}, "stage.one.optimizer.lr: was 0.0001, now 1e-05"),
+        ({"stage__i0__log_every": 4}, "stage.one.log_every: was 1, now 4"),
         ({"stage__i0__steps": 4}, "stage.one.steps: was 3, now 4"),
     ],
 )

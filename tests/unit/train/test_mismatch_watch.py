@@ -87,6 +87,7 @@ def test_a_stop_leaves_the_batch_and_the_metrics(tmp_path: Path, caplog: pytest.
             "old_log_probs": [-0.25],
             "reference_log_probs": None,
             "loss_mask": None,
+            "routed_experts": None,
         }
     ]
 

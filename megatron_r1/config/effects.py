@@ -1,0 +1,99 @@
+"""Keys of the stages that would have no effect with this architecture, or contradict another table. No torch.
+
+Each table refuses what it can see alone (`config/grpo.py`, `config/model.py`); `pipeline/run.py` calls `check_effects`
+before any process starts, when the architecture is known.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from megatron_r1.config.errors import UserError
+from megatron_r1.config.model import ModelConfig
+from megatron_r1.config.run import GrpoStage, PretrainStage, RunConfig
+from megatron_r1.config.validate import EXPERT_COUNTS
+
+
+def check_effects(config: RunConfig, architecture: Mapping[str, Any]) -> None:
+    """Refuse keys that ask for what is not there.
+
+    Only values other than the default are judged: a resolved recipe spells all of them.
+
+    Args:
+        config: the recipe.
+        architecture: the keys of a Hugging Face config.json.
+
+    Raises:
+        UserError: one line per key, with its value, the reason and the cure.
+    """
+    problems: list[str] = []
+    if config.model.mtp and not architecture.get("num_nextn_predict_layers"):
+        problems.append(f"model.mtp = true: {_no_mtp(config.model, architecture)}; remove it")
+    for stage in config.stage:
+        if isinstance(stage, PretrainStage):
+            problems += _pretrain(stage, config.model, architecture)
+        elif isinstance(stage, GrpoStage):
+            problems += [f"stage.{stage.name}.{line}" for line in _mtp_loss(stage, config.model, architecture)]
+            problems += [f"stage.{stage.name}.{line}" for line in _experts(stage, config.model, architecture)]
+            problems += _dropout(stage, config.model)
+    if problems:
+        raise UserError("\n  ".join(problems))
+
+
+def _has_mtp(model: ModelConfig, architecture: Mapping[str, Any]) -> bool:
+    return bool(architecture.get("num_nextn_predict_layers")) and model.mtp is not False
+
+
+def _no_mtp(model: ModelConfig, architecture: Mapping[str, Any]) -> str:
+    if architecture.get("num_nextn_predict_layers"):
+        return "the model has no multi-token-prediction layers (model.mtp = false)"
+    layers = architecture.get("num_nextn_predict_layers")
+    given = "it has no num_nextn_predict_layers" if layers is None else "num_nextn_predict_layers = 0"
+    return f"the architecture has no multi-token-prediction layers ({given})"
+
+
+def _pretrain(stage: PretrainStage, model: ModelConfig, architecture: Mapping[str, Any]) -> Iterator[str]:
+    default = PretrainStage.model_fields["mtp_loss"].default
+    if stage.mtp_loss not in (0, default) and not _has_mtp(model, architecture):
+        reason = _no_mtp(model, architecture)
+        yield f"stage.{stage.name}.mtp_loss = {stage.mtp_loss:g} without effect: {reason}; remove it"
+
+
+def _mtp_loss(stage: GrpoStage, model: ModelConfig, architecture: Mapping[str, Any]) -> Iterator[str]:
+    if stage.grpo.mtp_loss > 0 and not _has_mtp(model, architecture):
+        yield (
+            f"grpo.mtp_loss = {stage.grpo.mtp_loss:g} without effect: {_no_mtp(model, architecture)}; remove it or set "
+            "it to 0"
+        )
+
+
+def _experts(stage: GrpoStage, model: ModelConfig, architecture: Mapping[str, Any]) -> Iterator[str]:
+    grpo = stage.grpo
+    if not any(architecture.get(key) for key in EXPERT_COUNTS):
+        dense = f"this architecture is dense (no {EXPERT_COUNTS[0]})"
+        if grpo.routing_replay != "none":
+            yield f'grpo.routing_replay = "{grpo.routing_replay}": {dense}, there is no routing; set it to "none"'
+        if grpo.expert_bias != "frozen":
+            yield f'grpo.expert_bias = "{grpo.expert_bias}" without effect: {dense}; remove it'
+        return
+    if grpo.routing_replay != "none" and model.megatron.get("moe_router_fusion"):
+        yield (
+            f'grpo.routing_replay = "{grpo.routing_replay}" with [model.megatron] moe_router_fusion = true: the fused '
+            "router chooses its experts inside one kernel, and recorded ones cannot be put in; remove moe_router_fusion"
+        )
+    if grpo.expert_bias == "updated" and model.megatron.get("moe_router_enable_expert_bias") is False:
+        yield (
+            'grpo.expert_bias = "updated" without effect: [model.megatron] moe_router_enable_expert_bias = false; '
+            "remove one of them"
+        )
+
+
+def _dropout(stage: GrpoStage, model: ModelConfig) -> Iterator[str]:
+    for key in ("hidden_dropout", "attention_dropout"):
+        if model.megatron.get(key):
+            yield (
+                f"[model.megatron] {key} = {model.megatron[key]:g} with the grpo stage {stage.name!r}: dropout gives "
+                "the same tokens other log-probs in every pass, so old and new ones would differ without an update; "
+                "leave it out, or train that stage in a recipe of its own"
+            )
