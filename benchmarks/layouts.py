@@ -6,7 +6,8 @@
 
 Trains the layouts of tests/dist/layout_table.py in worlds of 2, 4 and 8 gloo processes on this machine, from the same
 checkpoint and with the same samples as one process, and prints the table of differences. The last line is one JSON
-object: the number of layouts and the largest difference of each kind; exits with 1 when one is beyond its bound.
+object: the number of layouts and the largest difference of each column for GRPO with packed rows, then the same for the
+other objectives; exits with 1 when one is beyond its bound.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from machine import ROOT, commit, machine
 
 sys.path.insert(0, str(ROOT))  # the layouts and how they are trained belong to the tests
 
-from tests.dist.layout_table import BOUNDS, MODELS, document, markdown, measure
+from tests.dist.layout_table import BOUNDS, MODELS, OBJECTIVES, Row, document, markdown, measure
 
 DOCUMENT = ROOT / "docs" / "parallelism.md"
 
@@ -49,13 +50,19 @@ def main() -> int:
     if arguments.write:
         DOCUMENT.write_text(document(rows, machine(), commit()), encoding="utf-8")
         print(f"written: {DOCUMENT}")
-    largest = {f"max_{name}": max(getattr(row, name) for row in rows) for name in ("loss", "grad_norm")}
-    largest |= {"max_param": max(row.param_max for row in rows), "mean_param": max(row.param_mean for row in rows)}
     beyond = [f"{row.model} {row.objective} {row.layout}: {', '.join(row.beyond)}" for row in rows if row.beyond]
     for line in beyond:
         print(f"beyond its bound ({BOUNDS}): {line}")
-    print(json.dumps({"layouts": len({(row.model, row.layout) for row in rows}), **largest}))
+    others = {kind: largest(rows, kind) for kind in OBJECTIVES if kind != "grpo"}
+    print(json.dumps({"layouts": len({(r.model, r.layout) for r in rows}), **largest(rows, "grpo"), "others": others}))
     return 1 if beyond else 0
+
+
+def largest(rows: list[Row], objective: str) -> dict[str, float]:
+    """Over all layouts, the largest cell of each column of this objective."""
+    columns = {"max_loss": "loss", "max_grad_norm": "grad_norm", "max_param": "param_max", "mean_param": "param_mean"}
+    chosen = [row for row in rows if row.objective == objective]
+    return {name: max(getattr(row, column) for row in chosen) for name, column in columns.items()}
 
 
 if __name__ == "__main__":
