@@ -258,7 +258,8 @@ BF16 = {"loss": 1e-2, "grad_norm": 2e-2, "param_mean": 2e-4}
 TEXT = """\
 # Parallelism
 
-Written by `python benchmarks/layouts.py --write`; the numbers below are of commit {commit} on {machine}.
+Written by `python benchmarks/layouts.py --write`; the numbers below are of commit {commit} on
+{machine}.
 `pytest -m slow tests/dist` trains the same table and holds every cell to its bound; the default tests do so for one
 layout of each kind.
 
@@ -289,10 +290,12 @@ three with experts) and its multi-token-prediction layer, and `tiny-dense`. From
 {steps} Adam steps on ragged, packed samples, with clipping active; the sequences of a step differ from those of the next.
 `grpo`: the clipped policy loss with KL, importance correction and the detached multi-token-prediction loss; `gspo`: the
 same with the ratio of whole sequences, a mask of whole sequences and a veto, in padded rows; `sft`: next-token loss on
-some of the tokens with the joint multi-token-prediction loss; `reward`: the pairwise loss of a reward model. Columns: the largest difference from one process over the steps, of the loss and (relative) of the
-gradient norm; then of all parameters after the last step, the largest and the mean one. The expert bias is updated in
-all runs. Bounds: {bounds}; {reward:.0e} for the loss of `reward`, a mean over six pairs of values rather than over
-hundreds of tokens.
+some of the tokens with the joint multi-token-prediction loss; `reward`: the pairwise loss of a reward model.
+
+Columns: the largest difference from one process over the steps, of the loss and (relative) of the gradient norm; then
+of all parameters after the last step, the largest and the mean one. The expert bias is updated in all runs. Bounds:
+{bounds};
+{reward:.0e} for the loss of `reward`, a mean over six pairs of values rather than over hundreds of tokens.
 
 {table}
 
