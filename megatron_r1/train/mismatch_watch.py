@@ -80,7 +80,8 @@ class MismatchWatch:
             f"stage {self.stage}, step {step}: {found}: the sampling engine's log-probs stray from the "
             f"trainer's. The batch is in {dump}; the newest checkpoint is from before it. Compare precision, expert "
             "routing and weight update of the two, correct for it ([stage.grpo.correction]), or move the limit "
-            "([[stage.grpo.mismatch_limit]]), then run the same command again"
+            "([[stage.grpo.mismatch_limit]]), then run the same command again; with nothing changed it comes back to "
+            "this very step, to the bit"
         )
 
 
