@@ -166,8 +166,10 @@ class Trainer:
 
         Every one is at least 0 where it is reduced by maximum: ranks without a result count as 0.
         """
+        if not names:
+            return {}
         total = torch.zeros(len(names), dtype=torch.float64, device=self.world.device)
-        if self.world.is_last_stage and self.world.tensor_rank == 0 and names:
+        if self.world.is_last_stage and self.world.tensor_rank == 0:
             rows = torch.stack([torch.stack([row[name].detach().double() for name in names]) for row in outputs])
             total = rows.amax(0) if operation == dist.ReduceOp.MAX else rows.sum(0)
         dist.all_reduce(total, op=operation)

@@ -189,9 +189,9 @@ def train_all(
     return {kind: train(world, f"{root}/{kind}", model, kind, STEPS, f"{saved}/{kind}") for kind in objectives}
 
 
-def weights(folder: Path) -> dict[str, torch.Tensor]:
-    """The model's whole tensors after the last step."""
-    found = tensors(folder / f"step-{STEPS:08d}")
+def weights(folder: Path, step: int = STEPS) -> dict[str, torch.Tensor]:
+    """The model's whole tensors of a step's checkpoint."""
+    found = tensors(folder / f"step-{step:08d}")
     return {k: v.double() for k, v in found.items() if not k.startswith(("optimizer", "rng"))}
 
 

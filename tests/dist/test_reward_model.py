@@ -10,8 +10,8 @@ import torch
 
 from megatron_r1.config.model import ParallelConfig
 from tests.dist.harness import run_layouts, run_world
+from tests.dist.layout_table import differences, weights
 from tests.dist.reward_workload import STEPS, History, Job, one_process, run
-from tests.e2e.recipes import tensors
 
 pytestmark = pytest.mark.slow  # the default tier has reward models in tests/dist/test_layouts.py
 
@@ -39,12 +39,6 @@ FOUR: dict[str, tuple[ParallelConfig, Job]] = {
     "TP2 x PP2": (ParallelConfig(data=1, tensor=2, pipeline=2), Job("train", saved="TP2PP2")),
     "PP2 x CP2 x EP2": (ParallelConfig(data=1, pipeline=2, context=2, expert=2), Job("train", saved="PP2CP2EP2")),
 }
-
-
-def weights(folder: Path, step: int) -> dict[str, torch.Tensor]:
-    """The model's whole tensors of a checkpoint."""
-    found = tensors(folder / f"step-{step:08d}")
-    return {k: v.double() for k, v in found.items() if not k.startswith(("optimizer", "rng"))}
 
 
 def run_all(jobs: dict[str, tuple[ParallelConfig, Job]], root: Path) -> dict[str, History]:
@@ -90,9 +84,9 @@ def check_weights(jobs: dict[str, tuple[ParallelConfig, Job]], root: Path) -> No
         reference, found = (weights(root / job.preset / folder, STEPS) for folder in ("one", job.saved))
         assert found.keys() == reference.keys(), name
         assert "scalar_head.weight" in found and not any("output_layer" in key for key in found), name
-        differences = torch.cat([(found[key] - reference[key]).abs().flatten() for key in reference])
-        assert differences.max() < 2e-4, name
-        assert differences.mean() < 1e-6, name
+        largest, mean = differences(found, reference)
+        assert largest < 2e-4, name
+        assert mean < 1e-6, name
 
 
 def test_the_workload_tests_something(one: dict[str, History]) -> None:
