@@ -82,10 +82,10 @@ def _experts(stage: GrpoStage, model: ModelConfig, architecture: Mapping[str, An
             f'grpo.routing_replay = "{grpo.routing_replay}" with [model.megatron] moe_router_fusion = true: the fused '
             "router chooses its experts inside one kernel, and recorded ones cannot be put in; remove moe_router_fusion"
         )
-    if grpo.expert_bias == "updated" and model.megatron.get("moe_router_enable_expert_bias") is False:
+    if grpo.expert_bias == "updated" and architecture.get("model_type") != "deepseek_v3":
         yield (
-            'grpo.expert_bias = "updated" without effect: [model.megatron] moe_router_enable_expert_bias = false; '
-            "remove one of them"
+            f'grpo.expert_bias = "updated" without effect: routers of a {architecture.get("model_type")} architecture '
+            "have no expert bias; remove it"
         )
 
 

@@ -34,9 +34,10 @@ class ModelConfig(Table):
     mtp: bool | None = None
     """Build the multi-token-prediction layers. None: as the architecture's num_nextn_predict_layers says."""
     megatron: dict[str, Any] = Field(default_factory=dict)
-    """`[model.megatron]`: any field of Megatron's TransformerConfig, passed through; unknown ones are refused. For
-    memory on GPUs: fine_grained_activation_offloading with offload_modules (and min_offloaded_tensor_size), or
-    cpu_offloading with cpu_offloading_num_layers (pipeline = 1, no recompute); activation_func_fp8_input_store;
+    """`[model.megatron]`: any field of Megatron's TransformerConfig, passed through; refused are unknown
+    ones, and those that change what the model computes: that follows from its config.json. For memory on GPUs:
+    fine_grained_activation_offloading with offload_modules (and min_offloaded_tensor_size), or cpu_offloading with
+    cpu_offloading_num_layers (pipeline = 1, no recompute); activation_func_fp8_input_store;
     distribute_saved_activations."""
     recompute: Literal["none", "selective", "full"] = "none"
     """Activations computed again in the backward pass instead of kept: those of `recompute_modules`, or all but the

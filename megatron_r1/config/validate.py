@@ -93,6 +93,7 @@ def check_world(parallel: ParallelConfig, world_size: int) -> None:
 
 def _shape(architecture: Mapping[str, Any]) -> _Shape:
     heads = _number(architecture, "num_attention_heads")
+    experts_only = architecture.get("model_type") == "qwen3_moe"  # no layer is dense
     latent = architecture.get("kv_lora_rank") is not None
     expert = architecture.get("moe_intermediate_size") or 0
     experts = next((architecture[key] for key in EXPERT_COUNTS if architecture.get(key)), 0)
@@ -101,7 +102,7 @@ def _shape(architecture: Mapping[str, Any]) -> _Shape:
         heads=heads,
         key_value_heads=0 if latent else architecture.get("num_key_value_heads") or heads,
         hidden=_number(architecture, "hidden_size"),
-        feed_forward=architecture.get("intermediate_size") or 0,
+        feed_forward=0 if experts_only else architecture.get("intermediate_size") or 0,
         experts=experts,
         expert_feed_forward=expert if experts else 0,
         shared_feed_forward=(architecture.get("n_shared_experts") or 0) * expert if experts else 0,

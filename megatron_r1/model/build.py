@@ -15,7 +15,7 @@ from megatron_r1.model import kernels
 from megatron_r1.model.fp8 import emulate
 from megatron_r1.model.gpt import PolicyModel
 from megatron_r1.model.megatron_config import transformer_config
-from megatron_r1.model.presets import Architecture
+from megatron_r1.model.presets import Architecture, has_experts
 from megatron_r1.model.scalar_head import RewardModel
 from megatron_r1.model.specs import decoder_spec, mtp_spec, transformer_engine_available
 from megatron_r1.parallel.world import World
@@ -60,15 +60,16 @@ def model_config(
 ) -> TransformerConfig:
     """Megatron's configuration of the model on this rank's device. Builds nothing.
 
-    Raises UserError for a DeepSeek-V3 model on a GPU without Transformer Engine, for a precision that this device does
+    Raises UserError for a model with experts on a GPU without Transformer Engine, for a precision that this device does
     not have, and for what `transformer_config` refuses.
     """
     on_cpu = world.device.type == "cpu"
     kernels.require_fp8(model)
-    if not on_cpu and arch["model_type"] == "deepseek_v3" and not transformer_engine_available():
+    if not on_cpu and has_experts(arch) and not transformer_engine_available():
         raise UserError(
-            "a DeepSeek-V3 model on a GPU needs Transformer Engine, which is not installed: "
-            "pip install 'megatron-r1[gpu]'. Without it Megatron-Core 0.16.1 cannot build multi-latent attention there"
+            "a model with experts on a GPU needs Transformer Engine, which is not installed: pip install "
+            "'megatron-r1[gpu]'. Without it Megatron-Core 0.16.1 has neither its grouped GEMM and fused permutation of "
+            "tokens nor multi-latent attention there"
         )
     if scalar_head:
         model = _without_prediction_layers(model)

@@ -21,7 +21,7 @@ from megatron_r1.model import kernels
 from megatron_r1.model.megatron_fields import DTYPE_NAMES, check_pass_through
 from megatron_r1.model.megatron_traps import check_traps
 from megatron_r1.model.precision import bf16_parameters, transformer_engine_installed
-from megatron_r1.model.presets import Architecture
+from megatron_r1.model.presets import Architecture, has_experts
 
 
 def transformer_config(
@@ -32,7 +32,7 @@ def transformer_config(
     Raises UserError for an unknown `[model.megatron]` field, for a value that Megatron-Core 0.16.1 would turn into a
     silently wrong result, or for one that would have no effect.
     """
-    family = _deepseek_v3(arch) if arch["model_type"] == "deepseek_v3" else _dense(arch)
+    family = _FAMILY.get(arch["model_type"], _grouped_query)(arch)
     fields = {**_common(arch), **family, **_parallel(model, layout), **_recompute(model)}
     if not on_cpu:
         fields.update(_kernels(arch))
@@ -78,13 +78,27 @@ def _common(arch: Architecture) -> dict[str, Any]:
     )
 
 
-def _dense(arch: Architecture) -> dict[str, Any]:
+def _grouped_query(arch: Architecture) -> dict[str, Any]:
     heads = arch["num_attention_heads"]
     return dict(
         num_query_groups=arch.get("num_key_value_heads", heads),
         kv_channels=arch.get("head_dim") or arch["hidden_size"] // heads,
         add_qkv_bias=arch["model_type"] == "qwen2",
-        qk_layernorm=arch["model_type"] == "qwen3",
+        qk_layernorm=arch["model_type"] in ("qwen3", "qwen3_moe"),
+    )
+
+
+def _qwen3_moe(arch: Architecture) -> dict[str, Any]:
+    """Experts in every layer, so that `moe_layer_freq` stays 1 and Megatron's checkpoints stack the layers."""
+    return dict(
+        **_grouped_query(arch),
+        num_moe_experts=arch["num_experts"],
+        moe_ffn_hidden_size=arch["moe_intermediate_size"],
+        moe_router_topk=arch["num_experts_per_tok"],
+        moe_router_score_function="softmax",
+        # The softmax over the chosen experts alone is the softmax over all, made to add up to 1 over the chosen.
+        moe_router_pre_softmax=not arch["norm_topk_prob"],
+        **_experts(),
     )
 
 
@@ -113,11 +127,20 @@ def _deepseek_v3(arch: Architecture) -> dict[str, Any]:
         moe_router_topk_scaling_factor=arch["routed_scaling_factor"],
         moe_router_enable_expert_bias=True,
         moe_router_bias_update_rate=1e-3,
+        **_experts(),
+    )
+
+
+def _experts() -> dict[str, Any]:
+    return dict(
         moe_router_load_balancing_type="none",
         moe_aux_loss_coeff=0.0,
         moe_router_dtype="fp32",
         moe_grouped_gemm=False,
     )
+
+
+_FAMILY = {"deepseek_v3": _deepseek_v3, "qwen3_moe": _qwen3_moe}
 
 
 def _rope(arch: Architecture) -> dict[str, Any]:
@@ -192,6 +215,6 @@ def _kernels(arch: Architecture) -> dict[str, Any]:
         # Megatron's own column-parallel layer (the output head) takes this from Apex alone, and raises without it.
         gradient_accumulation_fusion=kernels.available(on_cpu=False).fused_wgrad,
     )
-    if arch["model_type"] == "deepseek_v3":
+    if has_experts(arch):
         fused.update(moe_grouped_gemm=True, moe_permute_fusion=True)
     return fused

@@ -51,38 +51,39 @@ RESERVED = frozenset(
         "grad_sync_func",
         "param_sync_func",
         "timers",
+        "mtp_standalone",
+        "_cpu_offloading_context",
     )
 )
 # Fields that follow from the architecture (a preset or config.json, with `model.override`).
 ARCHITECTURE = frozenset(
     (
-        "num_attention_heads",
-        "num_query_groups",
-        "kv_channels",
-        "ffn_hidden_size",
-        "normalization",
-        "layernorm_epsilon",
-        "gated_linear_unit",
-        "add_bias_linear",
-        "add_qkv_bias",
-        "qk_layernorm",
-        "multi_latent_attention",
-        "q_lora_rank",
-        "kv_lora_rank",
-        "qk_head_dim",
-        "qk_pos_emb_head_dim",
-        "v_head_dim",
-        "rotary_base",
-        "rope_type",
-        "num_moe_experts",
-        "moe_layer_freq",
-        "moe_ffn_hidden_size",
-        "moe_shared_expert_intermediate_size",
-        "moe_router_topk",
-        "moe_router_num_groups",
-        "moe_router_group_topk",
-        "moe_router_score_function",
+        *("num_attention_heads", "num_query_groups", "kv_channels", "add_qkv_bias", "qk_layernorm"),
+        *("multi_latent_attention", "q_lora_rank", "kv_lora_rank", "qk_head_dim", "qk_pos_emb_head_dim", "v_head_dim"),
+        *("rotary_base", "rope_type", "rotary_scaling_factor", "original_max_position_embeddings"),
+        *("beta_fast", "beta_slow", "mscale", "mscale_all_dim"),
+        *("normalization", "layernorm_epsilon", "add_bias_linear"),
+        *("ffn_hidden_size", "gated_linear_unit", "activation_func"),
+        *("num_moe_experts", "moe_layer_freq", "moe_ffn_hidden_size", "moe_shared_expert_intermediate_size"),
+        *("moe_router_topk", "moe_router_num_groups", "moe_router_group_topk", "moe_router_score_function"),
+        *("moe_router_pre_softmax", "moe_router_topk_scaling_factor"),
         "mtp_num_layers",
+    )
+)
+# Fields that change what the model computes, to something that no config.json of the families here can say.
+UNEXPORTABLE = frozenset(
+    (
+        *("softmax_scale", "softmax_type", "window_size", "window_attn_skip_freq", "attention_output_gate"),
+        *("experimental_attention_variant", "dsa_indexer_n_heads", "dsa_indexer_head_dim", "dsa_indexer_topk"),
+        *("dsa_indexer_loss_coeff", "dsa_indexer_use_sparse_loss"),
+        *("linear_attention_freq", "linear_conv_kernel_dim", "linear_key_head_dim", "linear_value_head_dim"),
+        *("linear_num_key_heads", "linear_num_value_heads"),
+        *("is_hybrid_model", "mamba_state_dim", "mamba_head_dim", "mamba_num_groups", "mamba_num_heads"),
+        *("qk_l2_norm", "layernorm_zero_centered_gamma", "apply_residual_connection_post_layernorm"),
+        *("no_rope_freq", "rotary_interleaved", "rotary_percent", "mrope_section"),
+        *("glu_linear_offset", "activation_func_clamp_value", "heterogeneous_block_specs"),
+        *("moe_shared_expert_gate", "moe_latent_size", "moe_apply_probs_on_input"),
+        *("moe_router_enable_expert_bias", "moe_router_topk_limited_devices"),
     )
 )
 # Fields whose counterpart here is another key.
@@ -130,7 +131,8 @@ def check_pass_through(fields: Mapping[str, Any], *, latent_attention: bool) -> 
         latent_attention: whether the architecture has multi-head latent attention (DeepSeek-V3).
 
     Raises:
-        UserError: a field that follows from other tables, an unknown field, or a value of the wrong type.
+        UserError: a field that follows from other tables, one that makes the model something that cannot be exported,
+            an unknown field, or a value of the wrong type.
     """
     if not fields:
         return
@@ -144,6 +146,11 @@ def check_pass_through(fields: Mapping[str, Any], *, latent_attention: bool) -> 
             raise UserError(
                 f"[model.megatron] {key}: this field follows from the architecture; change it with model.override, "
                 "under its name in config.json (model.mtp for the multi-token-prediction layers)"
+            )
+        if key in UNEXPORTABLE:
+            raise UserError(
+                f"[model.megatron] {key}: it changes what the model computes, and no config.json of a supported family "
+                "can say so: the result could neither be exported nor served; leave it out"
             )
         if key in ELSEWHERE:
             raise UserError(f"[model.megatron] {key} has no effect; set {ELSEWHERE[key]} instead")

@@ -11,10 +11,11 @@ from typing import Any
 
 from megatron_r1.config.errors import UserError
 from megatron_r1.config.model import ModelConfig, ParallelConfig
+from megatron_r1.model.presets import has_experts
 
 _BALANCE = (
-    'leave it out: the expert bias balances the load (moe_router_bias_update_rate; moe_router_load_balancing_type = "'
-    'none" is the default here)'
+    "leave it out: where the architecture has one, the expert bias balances the load (moe_router_bias_update_rate; "
+    'moe_router_load_balancing_type = "none" is the default here)'
 )
 _ROUTER_LOSS = (
     "Megatron-Core 0.16.1 scales the router's own losses wrongly with per-token loss under tensor, context or expert "
@@ -54,9 +55,6 @@ _UNREAD: dict[str, str] = {
 # the layers are `model/specs.py` and `model/attention.py`.
 _TRANSFORMER_ENGINE: dict[str, Any] = {
     "attention_dropout": 0.0,
-    "softmax_type": "vanilla",
-    "window_size": None,
-    "window_attn_skip_freq": None,
     "apply_query_key_layer_scaling": False,
     "attention_softmax_in_fp32": True,
     "masked_softmax_fusion": False,
@@ -66,7 +64,6 @@ _TRANSFORMER_ENGINE: dict[str, Any] = {
     "batch_invariant_mode": False,
     "fp8_dot_product_attention": False,
     "fp8_multi_head_attention": False,
-    "layernorm_zero_centered_gamma": False,
     "persist_layer_norm": False,
     "memory_efficient_layer_norm": False,
     "apply_rope_fusion": False,
@@ -99,7 +96,7 @@ def check_traps(
     problems = [
         *_architecture(arch),
         *_router(arch, model.megatron),
-        *_unread(arch, model.megatron),
+        *_unread(model.megatron),
         *([] if transformer_engine else _only_transformer_engine(model.megatron, without)),
         *([] if transformer_engine else _recompute(model, without)),
         *(_only_on_gpus(model.megatron, layout) if on_cpu else []),
@@ -109,6 +106,11 @@ def check_traps(
 
 
 def _architecture(arch: Mapping[str, Any]) -> Iterator[str]:
+    if arch["model_type"] == "qwen3_moe" and arch["num_experts_per_tok"] == 1 and arch["norm_topk_prob"]:
+        yield (
+            "num_experts_per_tok = 1 with norm_topk_prob = true: the one weight is always 1, so the router would never "
+            "learn; take more experts a token, or norm_topk_prob = false"
+        )
     if arch["model_type"] != "deepseek_v3":
         return
     topk, groups = arch["num_experts_per_tok"], arch["topk_group"] if (arch.get("n_group") or 1) > 1 else None
@@ -123,11 +125,16 @@ def _architecture(arch: Mapping[str, Any]) -> Iterator[str]:
 
 
 def _router(arch: Mapping[str, Any], fields: Mapping[str, Any]) -> Iterator[str]:
-    if arch["model_type"] != "deepseek_v3":
+    if not has_experts(arch):
         for key in fields:
             if key.startswith("moe_"):
                 yield f"[model.megatron] {key}: this architecture is dense, so it has no effect; leave it out"
         return
+    if arch["model_type"] != "deepseek_v3" and "moe_router_bias_update_rate" in fields:
+        yield (
+            "[model.megatron] moe_router_bias_update_rate has no effect: routers of a "
+            f"{arch['model_type']} architecture have no expert bias; leave it out"
+        )
     for kind in _values(fields.get("moe_router_load_balancing_type", "none")):
         if kind == "sinkhorn":
             reason = "it chooses by another rule than the published model, so an export would not be what was trained"
@@ -139,15 +146,10 @@ def _router(arch: Mapping[str, Any], fields: Mapping[str, Any]) -> Iterator[str]
             yield f"[model.megatron] {key} = {_spell(fields[key])}: {reason}"
 
 
-def _unread(arch: Mapping[str, Any], fields: Mapping[str, Any]) -> Iterator[str]:
+def _unread(fields: Mapping[str, Any]) -> Iterator[str]:
     for key, reason in _UNREAD.items():
         if fields.get(key, False) is not False:
             yield f"[model.megatron] {key} = {_spell(fields[key])} has no effect: {reason}; leave it out"
-    if "softmax_scale" in fields and arch.get("kv_lora_rank"):
-        yield (
-            f"[model.megatron] softmax_scale = {_spell(fields['softmax_scale'])} has no effect: multi-head latent "
-            "attention takes its own (head widths and YaRN); leave it out"
-        )
     if fields.get("attention_backend", "auto") not in _BACKENDS:
         allowed = ", ".join(map(_spell, _BACKENDS))
         yield f"[model.megatron] attention_backend: got {_spell(fields['attention_backend'])}; allowed: {allowed}"

@@ -107,7 +107,10 @@ def _widths(arch: Mapping[str, Any], layout: ParallelConfig) -> Iterator[tuple[s
 
     heads, hidden = arch["num_attention_heads"], arch["hidden_size"]
     yield "hidden_size", hidden
-    yield split("intermediate_size", arch["intermediate_size"], tensor, "parallel.tensor")
+    if arch["model_type"] == "qwen3_moe":  # experts in every layer
+        yield split("moe_intermediate_size", arch["moe_intermediate_size"], expert, "parallel.expert_tensor")
+    else:
+        yield split("intermediate_size", arch["intermediate_size"], tensor, "parallel.tensor")
     if arch["model_type"] == "deepseek_v3":
         if arch["q_lora_rank"] is not None:
             yield "q_lora_rank", arch["q_lora_rank"]

@@ -1,15 +1,21 @@
-"""Architectures as Hugging Face config.json dictionaries: shipped presets, a user's file, overrides. No torch."""
+"""Architectures as Hugging Face config.json dictionaries: shipped presets, a user's file, overrides. No torch.
+
+A run asks `architecture`, checkpoint conversion `load_architecture`. What the layers built here do not compute is
+refused, because ignoring it would silently give another model.
+"""
 
 from __future__ import annotations
 
 import difflib
 import json
+from collections.abc import Mapping, Set
 from importlib import resources
 from pathlib import Path
 from typing import Any
 
 from megatron_r1.config.errors import UserError
 from megatron_r1.config.model import ModelConfig
+from megatron_r1.config.validate import EXPERT_COUNTS
 
 Architecture = dict[str, Any]
 """The content of a config.json."""
@@ -29,6 +35,14 @@ _COMMON = (
 REQUIRED: dict[str, tuple[str, ...]] = {
     "qwen2": (*_COMMON, "num_key_value_heads"),
     "qwen3": (*_COMMON, "num_key_value_heads", "head_dim"),
+    "qwen3_moe": (
+        *_COMMON,
+        "moe_intermediate_size",
+        "norm_topk_prob",
+        "num_experts",
+        "num_experts_per_tok",
+        "num_key_value_heads",
+    ),
     "llama": _COMMON,
     "deepseek_v3": (
         *_COMMON,
@@ -48,6 +62,13 @@ REQUIRED: dict[str, tuple[str, ...]] = {
     ),
 }
 FAMILIES = tuple(REQUIRED)
+# Those of them that change what is computed, but no tensor: conversion can do without.
+_NO_TENSOR = frozenset(
+    (
+        *("max_position_embeddings", "rms_norm_eps", "rope_theta"),
+        *("n_group", "norm_topk_prob", "num_experts_per_tok", "routed_scaling_factor", "topk_group"),
+    )
+)
 # The rope_scaling types a family can have, and the keys each needs.
 ROPE_SCALING: dict[str, tuple[str, ...]] = {
     "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
@@ -63,8 +84,10 @@ ROPE_SCALING: dict[str, tuple[str, ...]] = {
 # What the layers built here compute. Another value of such a key would be ignored and give another model, silently.
 ONLY: dict[str, Any] = {
     "attention_bias": False,  # in these families also a bias of the output projection
+    "decoder_sparse_step": 1,
     "hidden_act": "silu",
     "mlp_bias": False,
+    "mlp_only_layers": [],
     "moe_layer_freq": 1,
     "partial_rotary_factor": 1.0,
     "rope_interleave": True,
@@ -88,7 +111,10 @@ def architecture(model: ModelConfig, tokenizer_vocab: int) -> Architecture:
     `rope_parameters`. Raises UserError for an unknown preset, an unreadable file, an unknown or missing key, an
     unsupported family or feature, or a tokenizer larger than the model's vocabulary.
     """
-    config = _shipped(model.preset) if model.preset is not None else _from_file(Path(str(model.config)))
+    if model.preset is not None:
+        config = _shipped(model.preset)
+    else:
+        config = _from_file(Path(str(model.config)), "model.config: ")
     for key, value in model.override.items():
         if key not in config:
             close = difflib.get_close_matches(key, config, n=3)
@@ -96,7 +122,7 @@ def architecture(model: ModelConfig, tokenizer_vocab: int) -> Architecture:
             raise UserError(f"model.override.{key}: {config['model_type']} architectures have no such key{hint}")
         config[key] = value
     config = _with_one_rope_spelling(config)
-    _refuse_unsupported(config)
+    _refuse_unsupported(config, "model")
     if config.get("vocab_size") is None:
         config["vocab_size"] = tokenizer_vocab
     if tokenizer_vocab > config["vocab_size"]:
@@ -105,6 +131,25 @@ def architecture(model: ModelConfig, tokenizer_vocab: int) -> Architecture:
             "ids beyond it have no embedding. Use the model's own tokenizer, or set model.override.vocab_size"
         )
     return config
+
+
+def load_architecture(path: Path) -> Architecture:
+    """The architecture of a checkpoint that is converted, from its config.json or the folder that holds it.
+
+    Spelled like `architecture`'s, and refused like it, except that keys that change no tensor (such as `rope_theta` or
+    `num_experts_per_tok`) may be missing, and that no tokenizer is compared. Raises UserError, naming the file.
+    """
+    config = _from_file(path, "", optional=_NO_TENSOR)
+    file = path / "config.json" if path.is_dir() else path
+    _refuse_unsupported(config, str(file))
+    if config["vocab_size"] is None:
+        raise UserError(f"{file}: vocab_size is null; write down how many rows the checkpoint's embedding has")
+    return config
+
+
+def has_experts(arch: Mapping[str, Any]) -> bool:
+    """Whether some of its layers are mixtures of experts."""
+    return any(arch.get(key) for key in EXPERT_COUNTS)
 
 
 def _shipped(name: str) -> Architecture:
@@ -116,24 +161,26 @@ def _shipped(name: str) -> Architecture:
     return _with_one_rope_spelling(json.loads(text))
 
 
-def _from_file(path: Path) -> Architecture:
+def _from_file(path: Path, said: str, optional: Set[str] = frozenset()) -> Architecture:
+    """said: how messages begin, before the file's name; optional: REQUIRED keys that may be missing."""
     file = path / "config.json" if path.is_dir() else path
     try:
         config = json.loads(file.read_text())
     except FileNotFoundError:
-        raise UserError(
-            f"model.config: there is no file {file}; give a Hugging Face config.json or its folder"
-        ) from None
+        raise UserError(f"{said}there is no file {file}; give a Hugging Face config.json or its folder") from None
     except (OSError, json.JSONDecodeError) as error:
-        raise UserError(f"model.config: {file} is not readable JSON: {error}") from None
+        raise UserError(f"{said}{file} is not readable JSON: {error}") from None
     if not isinstance(config, dict) or config.get("model_type") not in FAMILIES:
         given = config.get("model_type") if isinstance(config, dict) else type(config).__name__
-        raise UserError(f"model.config: {file} has model_type {given!r}; supported: {', '.join(FAMILIES)}")
+        raise UserError(f"{said}{file} has model_type {given!r}; supported: {', '.join(FAMILIES)}")
     config = _with_one_rope_spelling(config)
-    missing = [key for key in REQUIRED[config["model_type"]] if key not in config]
+    if config["model_type"] == "qwen3_moe" and "num_local_experts" in config:  # as transformers 5 writes it
+        experts = config.pop("num_local_experts")
+        config.setdefault("num_experts", experts)
+    missing = [key for key in REQUIRED[config["model_type"]] if key not in config and key not in optional]
     if missing:
         raise UserError(
-            f"model.config: {file} lacks {', '.join(missing)}, which a {config['model_type']} architecture needs; "
+            f"{said}{file} lacks {', '.join(missing)}, which a {config['model_type']} architecture needs; "
             "add them from the model's published config.json"
         )
     return config
@@ -154,12 +201,13 @@ def _with_one_rope_spelling(config: Architecture) -> Architecture:
     return config
 
 
-def _refuse_unsupported(config: Architecture) -> None:
+def _refuse_unsupported(config: Architecture, said: str) -> None:
+    """said: what messages begin with."""
     family = config["model_type"]
     for key, only in ONLY.items():
         if config.get(key, only) not in (only, None):
             raise UserError(
-                f"model: {key} = {config[key]!r} is not supported for {family}: its layers are built with "
+                f"{said}: {key} = {config[key]!r} is not supported for {family}: its layers are built with "
                 f"{key} = {only!r} only, and another value would silently give another model"
             )
     scaling = config["rope_scaling"]
@@ -168,14 +216,14 @@ def _refuse_unsupported(config: Architecture) -> None:
     kind, allowed = scaling["rope_type"], "yarn" if family == "deepseek_v3" else "llama3"
     if kind != allowed:
         raise UserError(
-            f"model: rope_scaling of type {kind!r} is not supported for {family}; it can have {allowed!r} or none"
+            f"{said}: rope_scaling of type {kind!r} is not supported for {family}; it can have {allowed!r} or none"
         )
     missing = [key for key in ROPE_SCALING[kind] if key not in scaling]
     if missing:
-        raise UserError(f"model: rope_scaling of type {kind!r} lacks {', '.join(missing)}; add them to config.json")
+        raise UserError(f"{said}: rope_scaling of type {kind!r} lacks {', '.join(missing)}; add them to config.json")
     fixed = {"low_freq_factor": 1, "high_freq_factor": 4, "original_max_position_embeddings": 8192}
     if kind == "llama3" and any(scaling[key] != value for key, value in fixed.items()):
         raise UserError(
-            f"model: rope_scaling {scaling}: Megatron-Core computes llama3 scaling with "
+            f"{said}: rope_scaling {scaling}: Megatron-Core computes llama3 scaling with "
             f"{', '.join(f'{key} = {value}' for key, value in fixed.items())} only; just `factor` is free"
         )

@@ -19,6 +19,7 @@ import torch
 from megatron.core import tensor_parallel
 from megatron.core.models.gpt import gpt_layer_specs as stock
 from megatron.core.transformer.identity_op import IdentityOp
+from megatron.core.transformer.moe.moe_layer import MoELayer
 from megatron.core.transformer.multi_latent_attention import MLASelfAttention
 from megatron.core.transformer.multi_token_prediction import MultiTokenPredictionLayer
 from megatron.core.transformer.spec_utils import ModuleSpec
@@ -120,6 +121,9 @@ def mtp_spec(config: TransformerConfig, vp_stage: int | None) -> Any:
 def _with_our_modules(block: TransformerBlockSubmodules) -> TransformerBlockSubmodules:
     for layer in block.layer_specs:
         parts = layer.submodules
+        if parts.mlp.module is MoELayer:
+            # Megatron's local spec saves this norm as a dense layer's; Transformer Engine's, under its own name.
+            parts.sharded_state_dict_keys_map.pop("pre_mlp_layernorm.", None)
         parts.input_layernorm = parts.pre_mlp_layernorm = TorchRMSNorm
         attention: ModuleSpec = parts.self_attention
         if attention.module is MLASelfAttention:

@@ -107,9 +107,9 @@ if importlib.util.find_spec("transformer_engine") is None:  # what is refused wi
             ['model.recompute="selective"', 'model.recompute_modules=["layernorm"]'],
             ['model.recompute_modules: "layernorm" does not work without Transformer Engine', 'or recompute = "full"'],
         ),
-        "attention window without Transformer Engine": (
-            ["model.megatron.window_size=[16, 0]"],
-            ["[model.megatron] window_size = [16, 0] is Transformer Engine's", "leave it out"],
+        "attention backend without Transformer Engine": (
+            ['model.megatron.attention_backend="flash"'],
+            ['[model.megatron] attention_backend = "flash" is Transformer Engine\'s', "leave it out"],
         ),
     }
 
@@ -172,7 +172,7 @@ def test_a_damaged_checkpoint(damage: str, reference: Finished, tmp_path: Path) 
     words = {
         "truncated": [f"{source} is damaged: {shard.name} has", f"instead of {shard_size(reference, last, shard)}"],
         "missing file": [f"{source} is damaged: {shard.name} is missing"],
-        "no manifest": [f"{source}", "no complete checkpoint"],
+        "no manifest": [f"{source}", "has no manifest.json"],
         "unreadable manifest": [f"{source} is damaged: manifest.json"],
     }[damage]
     process = finish("run", reference.recipe, f'stage.r1-zero.from="{source}"', "--run-dir", tmp_path / "run")

@@ -10,12 +10,12 @@ def count_parameters(arch: dict[str, Any]) -> int:
     hidden, layers = arch["hidden_size"], arch["num_hidden_layers"]
     embeddings = arch["vocab_size"] * hidden * (1 if arch.get("tie_word_embeddings") else 2)
     attention = _latent(arch) if arch["model_type"] == "deepseek_v3" else _grouped(arch)
-    dense = arch.get("first_k_dense_replace", layers)
+    dense = 0 if arch["model_type"] == "qwen3_moe" else arch.get("first_k_dense_replace", layers)
     mlp = dense * 3 * hidden * arch["intermediate_size"]
     if layers > dense:
         expert = 3 * hidden * arch["moe_intermediate_size"]
-        experts = arch["n_routed_experts"]
-        mlp += (layers - dense) * ((experts + arch["n_shared_experts"]) * expert + experts * hidden)
+        experts = arch["num_experts"] if "num_experts" in arch else arch["n_routed_experts"]
+        mlp += (layers - dense) * ((experts + arch.get("n_shared_experts", 0)) * expert + experts * hidden)
     return embeddings + layers * (attention + 2 * hidden) + mlp + hidden
 
 
@@ -24,7 +24,7 @@ def _grouped(arch: dict[str, Any]) -> int:
     width = arch.get("head_dim") or hidden // heads
     weights = 2 * heads * width * hidden + 2 * groups * width * hidden
     biases = (heads + 2 * groups) * width if arch["model_type"] == "qwen2" else 0
-    return weights + biases + (2 * width if arch["model_type"] == "qwen3" else 0)
+    return weights + biases + (2 * width if arch["model_type"] in ("qwen3", "qwen3_moe") else 0)
 
 
 def _latent(arch: dict[str, Any]) -> int:

@@ -54,8 +54,8 @@ DENSE = {"preset": "tiny-dense"}
         ({"expert_bias": "updated"}, DENSE, 'stage.rl.grpo.expert_bias = "updated" without effect'),
         (
             {"expert_bias": "updated"},
-            {"megatron": {"moe_router_enable_expert_bias": False}},
-            "moe_router_enable_expert_bias = false; remove one of them",
+            {"preset": "qwen3-30b-a3b"},
+            "routers of a qwen3_moe architecture have no expert bias; remove it",
         ),
         ({"routing_replay": "rollout"}, {"megatron": {"moe_router_fusion": True}}, "remove moe_router_fusion"),
         ({}, {"megatron": {"hidden_dropout": 0.1}}, "hidden_dropout = 0.1 with the grpo stage 'rl': dropout gives"),

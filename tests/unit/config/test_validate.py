@@ -59,6 +59,7 @@ def problems(architecture: dict[str, Any], world: int | None = None, **layout: i
         ("moonlight-16b-a3b", 8, {"tensor": 2, "pipeline": 1, "expert": 8}),
         ("qwen2.5-7b", 8, {"tensor": 4}),
         ("deepseek-v3", 64, {"expert": 64}),
+        ("qwen3-30b-a3b", 16, {"tensor": 4, "pipeline": 2, "expert": 8}),
     ],
 )
 def test_layouts_that_run(name: str, world: int, layout: dict[str, int]) -> None:
@@ -231,3 +232,11 @@ def test_check_world_alone() -> None:
     check_world(ParallelConfig(tensor=2, expert=4), 4)
     with pytest.raises(UserError, match=r"does not fit 3 process"):
         check_world(ParallelConfig(tensor=2), 3)
+
+
+def test_experts_in_every_layer_leave_no_dense_width_to_divide() -> None:
+    qwen3 = {**preset("qwen3-30b-a3b"), "intermediate_size": 6143}
+    assert problems(qwen3, tensor=2, expert=2) == []
+    assert problems({**qwen3, "model_type": "deepseek_v3"}, tensor=2)
+    (line,) = problems(qwen3, data=3, expert=3)
+    assert line.startswith("expert (3) must divide the number of routed experts (128; ")

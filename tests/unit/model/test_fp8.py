@@ -78,7 +78,7 @@ def spread(rows: int, columns: int, seed: int = 0) -> torch.Tensor:
 @pytest.mark.parametrize("block", BLOCKS)
 @pytest.mark.parametrize("shape", [(3, 256), (130, 40), (2, 300)], ids=str)
 def test_rounding_bit_for_bit(world: World, shape: tuple[int, int], block: tuple[int, int], scales: Any) -> None:
-    from megatron_r1.model.fp8 import rounded
+    from megatron_r1.model.block_fp8 import rounded
 
     x = spread(*shape)
     assert torch.equal(rounded(x, block, scales), slow_rounded(x, block, scales == "power-of-2"))
@@ -86,7 +86,7 @@ def test_rounding_bit_for_bit(world: World, shape: tuple[int, int], block: tuple
 
 def test_every_boundary_of_e4m3(world: World) -> None:
     """In a block whose largest value is 448 the scale is 1: all values stay, ties go to even, 465 saturates."""
-    from megatron_r1.model.fp8 import quantise
+    from megatron_r1.model.block_fp8 import quantise
 
     values = [value for value, _ in GRID]
     ties = [(a + b) / 2 for a, b in pairwise(values)]
@@ -113,14 +113,14 @@ def test_every_boundary_of_e4m3(world: World) -> None:
     ],
 )
 def test_scales_by_hand(world: World, amax: float, fp32: float, power: float) -> None:
-    from megatron_r1.model.fp8 import block_scales
+    from megatron_r1.model.block_fp8 import block_scales
 
     assert block_scales(torch.tensor(amax), "fp32").item() == np.float32(fp32)
     assert block_scales(torch.tensor(amax), "power-of-2").item() == power
 
 
 def test_what_is_not_finite_spoils_its_block_only(world: World) -> None:
-    from megatron_r1.model.fp8 import rounded
+    from megatron_r1.model.block_fp8 import rounded
 
     for scales in ("fp32", "power-of-2"):
         for bad in (math.inf, -math.inf, math.nan):
@@ -133,7 +133,7 @@ def test_what_is_not_finite_spoils_its_block_only(world: World) -> None:
 
 def test_the_published_block_format(world: World) -> None:
     """As in the checkpoint: one scale a block, the last block partial (576 = 4.5 x 128 rows in DeepSeek-V3)."""
-    from megatron_r1.model.fp8 import dequantise, quantise
+    from megatron_r1.model.block_fp8 import dequantise, quantise
 
     weight = torch.randn(192, 136)
     values, scale = quantise(weight, (128, 128))

@@ -51,10 +51,13 @@ V3 = dict(
     num_experts_per_tok=4,
     routed_scaling_factor=2.5,
 )
+EXPERTS = dict(moe_intermediate_size=24, num_experts=16, num_experts_per_tok=4, mlp_only_layers=[], head_dim=24)
 CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "Qwen2": ("Qwen2", DENSE),
     "Qwen2 tied": ("Qwen2", {**DENSE, "tie_word_embeddings": True}),
     "Qwen3": ("Qwen3", {**DENSE, "head_dim": 24}),
+    "Qwen3 experts": ("Qwen3Moe", {**DENSE, **EXPERTS, "norm_topk_prob": True}),
+    "Qwen3 experts, weights as they are": ("Qwen3Moe", {**DENSE, **EXPERTS, "norm_topk_prob": False}),
     "Llama": ("Llama", DENSE),
     "Llama, other rope base and head width": ("Llama", {**DENSE, "head_dim": 24, "rope_theta": 500000.0}),
     "Llama, llama3 rope": ("Llama", {**DENSE, "rope_scaling": LLAMA3, "max_position_embeddings": 65536}),
@@ -161,6 +164,7 @@ def test_the_published_spelling_of_a_config_gives_the_same_model(world: World, t
         ("V3 yarn", {"rope_theta": 10000.0, "rope_scaling": {**YARN, "type": YARN["rope_type"]}}),
         ("Llama, llama3 rope", {"rope_theta": 10000.0, "rope_scaling": LLAMA3}),
         ("Qwen3", {"rope_theta": 10000.0, "rope_scaling": None}),
+        ("Qwen3 experts", {"rope_theta": 10000.0, "rope_scaling": None, "num_experts": 16}),
     ):
         config = pair(world, tmp_path, *CASES[case])[0].config.to_dict()
         new = architecture(ModelConfig(config=tmp_path), VOCAB)

@@ -12,7 +12,16 @@ from megatron_r1.config.model import ModelConfig, ParallelConfig
 from megatron_r1.model import precision
 from megatron_r1.model.presets import architecture
 
-SHIPPED = ("deepseek-v3", "moonlight-16b-a3b", "qwen2.5-1.5b", "qwen2.5-7b", "qwen2.5-32b", "llama-3.1-8b")
+SHIPPED = (
+    "qwen3-30b-a3b",
+    "qwen3-8b",
+    "deepseek-v3",
+    "moonlight-16b-a3b",
+    "qwen2.5-1.5b",
+    "qwen2.5-7b",
+    "qwen2.5-32b",
+    "llama-3.1-8b",
+)
 
 
 def model(preset: str = "deepseek-v3", kind: str = "fp8-blockwise", **fields: Any) -> ModelConfig:
@@ -59,6 +68,11 @@ def test_deepseek_v3_under_its_layout(installed: None) -> None:
             "deepseek-v3",
             {"expert_tensor": 32},
             ["moe_intermediate_size / parallel.expert_tensor (2048 / 32) = 64: the next multiple of 128 is 128"],
+        ),
+        (
+            "qwen3-30b-a3b",
+            {"expert_tensor": 4},  # no dense layer: 6144 / tensor does not matter
+            ["moe_intermediate_size / parallel.expert_tensor (768 / 4) = 192: the next multiple of 128 is 256"],
         ),
         (
             "tiny-moe",

@@ -11,14 +11,15 @@ import torch
 
 from megatron_r1.config.errors import UserError
 from megatron_r1.config.model import ModelConfig, ParallelConfig
-from megatron_r1.model.presets import FAMILIES, architecture, preset_names
+from megatron_r1.model.presets import FAMILIES, architecture, has_experts, load_architecture, preset_names
 from megatron_r1.parallel import cpu_backend
 from megatron_r1.parallel.world import World
 from tests.reference.parameters import count_parameters
 
 TOKENS = 101  # of the char tokenizer: what the presets without a vocabulary get
 
-# As their releases say: 671B, 8.03B, 16B, 1.54B, 32.8B, 7.62B; without the router's biases (58 x 256 in DeepSeek-V3).
+# As their releases say: 671B, 8.03B, 16B, 1.54B, 32.8B, 7.62B, 30.5B, 8.19B; without the router's biases (58 x 256 in
+# DeepSeek-V3).
 PUBLISHED = {
     "deepseek-v3": 671_026_404_352,
     "llama-3.1-8b": 8_030_261_248,
@@ -26,6 +27,8 @@ PUBLISHED = {
     "qwen2.5-1.5b": 1_543_714_304,
     "qwen2.5-32b": 32_763_876_352,
     "qwen2.5-7b": 7_615_616_512,
+    "qwen3-30b-a3b": 30_532_122_624,
+    "qwen3-8b": 8_190_735_360,
 }
 TINY = ("tiny-dense", "tiny-moe")
 
@@ -41,6 +44,10 @@ QWEN2: dict[str, Any] = dict(
     rope_theta=10000.0,
     rms_norm_eps=1e-6,
 )
+QWEN3_MOE: dict[str, Any] = {
+    **QWEN2,
+    **dict(model_type="qwen3_moe", moe_intermediate_size=24, num_experts=8, num_experts_per_tok=2, norm_topk_prob=True),
+}
 YARN = dict(factor=4.0, original_max_position_embeddings=64, beta_fast=32, beta_slow=1, mscale=1.0, mscale_all_dim=1.0)
 LLAMA3 = dict(factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_position_embeddings=8192)
 
@@ -135,6 +142,11 @@ def test_published_values() -> None:
     moonlight = shipped("moonlight-16b-a3b")
     assert (moonlight["rope_theta"], moonlight["rms_norm_eps"], moonlight["rope_scaling"]) == (5e4, 1e-5, None)
     assert (moonlight["routed_scaling_factor"], moonlight["q_lora_rank"]) == (2.446, None)
+    for name in ("qwen3-8b", "qwen3-30b-a3b"):
+        qwen3 = shipped(name)
+        assert (qwen3["rope_theta"], qwen3["rms_norm_eps"], qwen3["max_position_embeddings"]) == (1e6, 1e-6, 40960)
+        assert (qwen3["vocab_size"], qwen3["head_dim"], qwen3["tie_word_embeddings"]) == (151936, 128, False)
+    assert (qwen3["num_experts"], qwen3["num_experts_per_tok"], qwen3["norm_topk_prob"]) == (128, 8, True)
     v3 = shipped("deepseek-v3")
     assert v3["rope_scaling"] == {"rope_type": "yarn", **YARN, "factor": 40.0, "original_max_position_embeddings": 4096}
 
@@ -183,6 +195,7 @@ def test_missing_keys_are_named(tmp_path: Path, family: str) -> None:
     assert {"rms_norm_eps", "rope_theta", "num_hidden_layers", "max_position_embeddings"} <= set(lacking)
     assert ("head_dim" in lacking) is (family == "qwen3")
     assert ("topk_group" in lacking) is (family == "deepseek_v3")
+    assert ({"num_experts", "norm_topk_prob"} <= set(lacking)) is (family == "qwen3_moe")
     assert "hidden_size" not in lacking
 
 
@@ -201,7 +214,7 @@ def test_missing_keys_are_named(tmp_path: Path, family: str) -> None:
             {"model_type": "llama", "rope_scaling": {"rope_type": "llama3", **LLAMA3, "high_freq_factor": 2.0}},
             "high_freq_factor = 4",
         ),
-        ({"model_type": "gpt2"}, "model_type 'gpt2'; supported: qwen2, qwen3, llama, deepseek_v3"),
+        ({"model_type": "gpt2"}, "model_type 'gpt2'; supported: qwen2, qwen3, qwen3_moe, llama, deepseek_v3"),
         ({"vocab_size": 64}, "the tokenizer has 101 tokens but the model's vocab_size is 64"),
     ],
 )
@@ -222,6 +235,59 @@ def test_what_would_silently_be_another_model_is_refused(tmp_path: Path, fields:
 )
 def test_the_same_for_deepseek_v3(tmp_path: Path, fields: dict[str, Any], words: str) -> None:
     assert words in refusal(tmp_path, {**shipped("tiny-moe"), **fields})
+
+
+@pytest.mark.parametrize(
+    ("fields", "words"),
+    [
+        ({"decoder_sparse_step": 2}, "decoder_sparse_step = 2 is not supported for qwen3_moe"),
+        ({"mlp_only_layers": [0]}, "mlp_only_layers = [0] is not supported for qwen3_moe"),
+        ({"attention_bias": True}, "attention_bias = True"),
+        ({"rope_scaling": {"type": "yarn", **YARN}}, "type 'yarn' is not supported for qwen3_moe"),
+    ],
+)
+def test_the_same_for_qwen3_moe(tmp_path: Path, fields: dict[str, Any], words: str) -> None:
+    assert words in refusal(tmp_path, {**QWEN3_MOE, **fields})
+
+
+def test_either_spelling_of_the_number_of_experts(tmp_path: Path) -> None:
+    """transformers 5 writes num_local_experts, the released files have num_experts."""
+    plain = from_file(tmp_path, {**QWEN3_MOE, "decoder_sparse_step": 1, "mlp_only_layers": []})
+    assert plain["num_experts"] == 8 and has_experts(plain)
+    other = {**plain, "num_local_experts": plain["num_experts"]}
+    del other["num_experts"]
+    assert from_file(tmp_path, other) == plain
+    assert not has_experts(from_file(tmp_path, QWEN2)) and has_experts(shipped("tiny-moe"))
+
+
+@pytest.mark.parametrize("config", [QWEN2, QWEN3_MOE], ids=["qwen2", "qwen3_moe"])
+def test_conversion_loads_the_architecture_of_a_run(tmp_path: Path, config: dict[str, Any]) -> None:
+    rope = {"rope_parameters": {"rope_type": "default", "rope_theta": 5e5}}
+    whole = from_file(tmp_path, {**config, **rope})
+    assert load_architecture(tmp_path) == load_architecture(tmp_path / "config.json") == whole
+
+
+def test_conversion_misses_no_key_that_changes_no_tensor(tmp_path: Path) -> None:
+    """But those that do, and what would be another model, are refused under the file's name."""
+    v3 = shipped("tiny-moe")
+    running = ("rope_theta", "rms_norm_eps", "max_position_embeddings", "n_group", "topk_group", "num_experts_per_tok")
+    file = tmp_path / "config.json"
+    file.write_text(json.dumps({key: value for key, value in v3.items() if key not in running}))
+    assert load_architecture(tmp_path)["kv_lora_rank"] == v3["kv_lora_rank"]
+    with pytest.raises(UserError, match=r"lacks .*rope_theta"):
+        architecture(ModelConfig(config=tmp_path), TOKENS)
+    for config, words in (
+        ({key: value for key, value in v3.items() if key != "kv_lora_rank"}, f"{file} lacks kv_lora_rank, which a"),
+        ({**v3, "vocab_size": None}, f"{file}: vocab_size is null"),
+        ({**v3, "topk_method": "greedy"}, f"{file}: topk_method = 'greedy' is not supported"),
+        ({**v3, "model_type": "gpt2"}, f"{file} has model_type 'gpt2'"),
+    ):
+        file.write_text(json.dumps(config))
+        with pytest.raises(UserError) as caught:
+            load_architecture(tmp_path)
+        assert str(caught.value).startswith(words)
+    with pytest.raises(UserError, match=r"^there is no file"):
+        load_architecture(tmp_path / "nowhere")
 
 
 def test_unreadable_files_are_named(tmp_path: Path) -> None:

@@ -48,7 +48,7 @@ def test_refused(model: dict[str, Any], optimizer: dict[str, Any], words: str) -
     ("fields", "words"),
     [
         ({"recompute": "selective", "recompute_modules": ["layernorm"]}, '"layernorm" does not work without Transf'),
-        ({"megatron": {"window_size": [16, 0]}}, "window_size = [16, 0] is Transformer Engine's"),
+        ({"megatron": {"attention_backend": "flash"}}, 'attention_backend = "flash" is Transformer Engine\'s'),
     ],
 )
 def test_refused_without_transformer_engine(
