@@ -32,6 +32,7 @@ REQUIRES = [
     "numpy>=1.26,<3",
     "safetensors>=0.5,<1",
     "pyarrow>=18",
+    "xxhash>=3,<5",  # checksums of converted files
 ]
 
 EXTRAS = {

@@ -17,6 +17,7 @@ from pathlib import Path
 from megatron_r1 import __version__
 from megatron_r1.config.errors import UserError
 from megatron_r1.config.run import RunConfig
+from megatron_r1.convert.command import add_convert
 
 EXIT_USER_ERROR = 2
 
@@ -26,6 +27,7 @@ examples:
   megatron-r1 run examples/quickstart/recipe.toml            train a tiny R1-Zero on this machine
   megatron-r1 run recipe.toml --dry-run                      show what a recipe means, start nothing
   megatron-r1 report runs/quickstart                         write one HTML page about a run
+  megatron-r1 convert export CHECKPOINT HF_DIR               Megatron -> Hugging Face; also import, cast, verify
   megatron-r1 config | less                                  every configuration key and its default
 """
 RUN_EXAMPLES = """\
@@ -91,6 +93,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"megatron-r1 {__version__}")
     verbs = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
     _add_run(verbs)
+    add_convert(verbs)
 
     report = verbs.add_parser(
         "report",

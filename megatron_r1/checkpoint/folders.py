@@ -10,7 +10,9 @@ import json
 import os
 import re
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from megatron_r1.config.errors import UserError
 
@@ -47,8 +49,14 @@ def begin(root: Path, step: int) -> Path:
     return target
 
 
-def commit(written: Path, keep: int) -> Path:
-    """Record the sizes, flush to disk, take the final name, drop all but the `keep` newest. Call on one rank."""
+def commit(written: Path, extra: Mapping[str, Any], keep: int) -> Path:
+    """Add these JSON files, record the sizes, flush to disk, take the final name, drop all but the `keep` newest.
+
+    Call on one rank.
+    """
+    for name, content in extra.items():
+        (written / name).parent.mkdir(exist_ok=True)
+        (written / name).write_text(json.dumps(content, indent=2) + "\n")
     sizes = {str(f.relative_to(written)): f.stat().st_size for f in sorted(written.rglob("*")) if f.is_file()}
     (written / MANIFEST).write_text(json.dumps({"files": sizes}, indent=1))
     for file in [*sizes, MANIFEST]:
@@ -62,6 +70,14 @@ def commit(written: Path, keep: int) -> Path:
     for step in steps(final.parent)[:-keep]:
         shutil.rmtree(folder(final.parent, step))
     return final
+
+
+def of_training(path: Path) -> bool:
+    """Whether this is a checkpoint of a training stage, whole or torn; a conversion's manifest names its tool."""
+    manifest = path / MANIFEST
+    if not manifest.is_file():
+        return _NAME.fullmatch(path.name) is not None
+    return '"tool"' not in manifest.read_text()
 
 
 def check(path: Path) -> None:

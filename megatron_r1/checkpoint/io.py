@@ -26,7 +26,9 @@ from torch.distributed.checkpoint import CheckpointException
 
 from megatron_r1.checkpoint import folders
 from megatron_r1.config.errors import UserError
+from megatron_r1.convert.origin import KEPT_CONFIG
 from megatron_r1.model.gpt import PolicyModel
+from megatron_r1.model.presets import Architecture
 from megatron_r1.model.reference import Reference
 from megatron_r1.model.scalar_head import HEAD, RewardModel
 from megatron_r1.parallel.world import World
@@ -42,6 +44,7 @@ class TrainingState(Protocol):
     """What is saved: `train.trainer.Trainer` is one."""
 
     world: World
+    arch: Architecture
     step: int
     optimizer: Any
     schedule: Any
@@ -78,7 +81,7 @@ def save(root: Path, trainer: TrainingState, loop: dict[str, Any], reference: Re
         # The others may be inside another collective of the save, so they are not told: they end with this rank.
         raise _disk_error(error) or error from None
     if world.rank == 0:
-        box[0] = _attempt(lambda: folders.commit(target, keep))
+        box[0] = _attempt(lambda: folders.commit(target, {KEPT_CONFIG: trainer.arch}, keep))
     dist.broadcast_object_list(box, src=0)
     return _raise_or(box[0])
 
@@ -149,7 +152,7 @@ def load_weights(path: Path, trainer: TrainingState) -> None:
 def _sharded_state(trainer: TrainingState, reference: Reference | None, *, loading: bool) -> dict[str, Any]:
     _materialise_adam_state(trainer)
     models = _model_state(trainer)
-    metadata = _metadata(trainer.world)
+    metadata = sharding_metadata(trainer.world)
     state: dict[str, Any] = {
         **models,
         "optimizer": _optimizer_state(trainer, models, metadata, loading=loading),
@@ -219,7 +222,8 @@ def _with_own_data(leaf: Any) -> Any:
     return leaf
 
 
-def _metadata(world: World) -> dict[str, Any]:
+def sharding_metadata(world: World) -> dict[str, Any]:
+    """What Megatron is told for `sharded_state_dict`, always the same."""
     return {
         "dp_cp_group": world.data_context_group,
         "singleton_local_shards": False,
@@ -229,7 +233,7 @@ def _metadata(world: World) -> dict[str, Any]:
 
 
 def _model_state(trainer: TrainingState) -> dict[str, Any]:
-    metadata = _metadata(trainer.world)
+    metadata = sharding_metadata(trainer.world)
     return {_chunk_key(i): m.sharded_state_dict(metadata=metadata) for i, m in enumerate(trainer.models)}
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated, Literal
 
 from pydantic import Field, PositiveInt, model_validator
@@ -105,7 +106,25 @@ class EvalStage(StageBase):
     """Processes a replica judges answers in; none is started before a verifier needs one."""
 
 
-Stage = Annotated[PretrainStage | GrpoStage | RewardModelStage | EvalStage, Field(discriminator="kind")]
+class ExportStage(StageBase):
+    """The weights as a Hugging Face folder, `<stage>/hf`, that transformers, SGLang and vLLM load."""
+
+    kind: Literal["export"]
+    dtype: Literal["bf16", "fp16", "fp32", "fp8"] | None = None
+    """Of the weights; fp8: DeepSeek-V3's 128x128 blocks. None: as the model that `like` names, else as config.json says,
+    else as trained."""
+    scales: Literal["fp32", "power-of-2"] | None = None
+    """Of FP8 blocks: amax / 448, or the next power of two (ue8m0). None: as config.json says, else fp32."""
+    like: Path | None = None
+    """Hugging Face folder that the model came from: gives config.json, tokenizer, dtypes, file names and the FP8 scales
+    of what training left alone. None: `model.config` where that is a folder, else the run's own architecture."""
+    shard_gb: float = Field(default=5.0, gt=0)
+    """Most of a file, in 10^9 bytes."""
+    workers: PositiveInt = 4
+    """Files that rank 0 writes at a time."""
+
+
+Stage = Annotated[PretrainStage | GrpoStage | RewardModelStage | EvalStage | ExportStage, Field(discriminator="kind")]
 
 
 class RunConfig(Table):
@@ -130,6 +149,6 @@ class RunConfig(Table):
         for i, stage in enumerate(self.stage):
             if stage.name in names[:i]:
                 raise ValueError(f"two stages are called {stage.name!r}; names must differ")
-            if stage.kind == "eval" and i == 0 and stage.init_from is None:
-                raise ValueError(f"stage {stage.name!r} evaluates nothing: set `from` to a checkpoint folder")
+            if stage.kind in ("eval", "export") and i == 0 and stage.init_from is None:
+                raise ValueError(f"stage {stage.name!r} {stage.kind}s nothing: set `from` to a checkpoint folder")
         return self

@@ -79,6 +79,11 @@ class StageDir:
         """Megatron shards, written by `checkpoint`."""
         return self.path / "checkpoints"
 
+    @property
+    def hf(self) -> Path:
+        """What an export stage writes."""
+        return self.path / "hf"
+
     def rollout_file(self, step: int) -> Path:
         """File of the rollout phase that began after `step` optimizer steps."""
         return self.rollouts / f"step-{step:06d}.jsonl.gz"

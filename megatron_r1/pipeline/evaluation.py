@@ -14,19 +14,18 @@ from megatron_r1.rollout.megatron import MegatronEngine
 from megatron_r1.train.context import RunContext
 from megatron_r1.train.evaluate import evaluate, heldout_prompts
 from megatron_r1.train.exclusions import check_never_trained_on
+from megatron_r1.train.start import load_start
 from megatron_r1.train.trainer import Trainer
 
 
 def run_evaluation(stage: EvalStage, context: RunContext, start: Path | None) -> dict[str, Any]:
     """Load the checkpoint, sample, judge, write metrics and completions; returns the metrics and style counts."""
-    from megatron_r1.checkpoint import io as checkpoint_io
-
     prompts = heldout_prompts(stage, context.tokenizer)
     check_never_trained_on(prompts, start)
     # The optimizer is never stepped; building it keeps one way of loading weights.
     trainer = Trainer(context.arch, context.config.model, context.world, OptimizerConfig(lr=1e-6), 1, train_mtp=False)
     if start is not None:
-        checkpoint_io.load_weights(start, trainer)
+        load_start(start, trainer)
     engine = MegatronEngine(
         trainer.chunks,
         context.world,

@@ -12,8 +12,19 @@ from megatron_r1.checkpoint import folders
 from megatron_r1.config.effects import check_effects
 from megatron_r1.config.errors import UserError
 from megatron_r1.config.model import ModelConfig, ParallelConfig
-from megatron_r1.config.run import EvalStage, GrpoStage, PretrainStage, RewardModelStage, RunConfig, TrainStage
+from megatron_r1.config.run import (
+    EvalStage,
+    ExportStage,
+    GrpoStage,
+    PretrainStage,
+    RewardModelStage,
+    RunConfig,
+    Stage,
+    TrainStage,
+)
 from megatron_r1.config.validate import check_layout
+from megatron_r1.convert.hf_files import is_hf
+from megatron_r1.convert.source import is_megatron, open_source
 from megatron_r1.data.corpus import Corpus
 from megatron_r1.data.preference_pairs import PairBatches, PreferencePairs
 from megatron_r1.data.prompts import PromptSource, open_prompts
@@ -21,7 +32,10 @@ from megatron_r1.data.tokenizers import Tokenizer, build_tokenizer
 from megatron_r1.model.megatron_fields import check_optimizer_fields, check_pass_through
 from megatron_r1.model.megatron_traps import check_traps
 from megatron_r1.model.precision import check_precision, row_alignment, row_multiple, transformer_engine_installed
-from megatron_r1.model.presets import Architecture, architecture
+from megatron_r1.model.presets import Architecture, architecture, load_architecture
+
+SHAPE_KEYS = ("model_type", "hidden_size", "num_hidden_layers", "vocab_size")
+"""Keys of config.json in which two different models differ at least."""
 
 
 def preflight(config: RunConfig, processes: int) -> tuple[Architecture, Tokenizer]:
@@ -39,11 +53,11 @@ def preflight(config: RunConfig, processes: int) -> tuple[Architecture, Tokenize
     check_traps(arch, config.model, config.parallel, on_cpu=False, transformer_engine=installed)
     check_effects(config, arch)
     for stage in config.stage:
-        if not isinstance(stage, EvalStage):
+        if isinstance(stage, TrainStage):
             check_optimizer_fields(stage.optimizer.megatron, stage.name)
             _check_rows(stage, config.model, config.parallel)
         if stage.init_from is not None:
-            _check_start(stage.init_from, stage.name, config)
+            _check_start(stage.init_from, stage, config, arch)
         if config.parallel.dispatcher == "allgather" and not getattr(stage, "packing", True):
             raise UserError(
                 f'stage.{stage.name}.packing = false with parallel.dispatcher = "allgather": that dispatcher needs '
@@ -59,6 +73,8 @@ def preflight(config: RunConfig, processes: int) -> tuple[Architecture, Tokenize
             _check_first_prompt(stage, tokenizer, arch)
             if isinstance(stage, GrpoStage):
                 _check_grpo(stage, config, processes)
+        elif isinstance(stage, ExportStage) and stage.like is not None:
+            _check_like(stage, stage.like, arch)
     return arch, tokenizer
 
 
@@ -71,26 +87,31 @@ def start_of(config: RunConfig, index: int, run_dir: Path) -> Path | None:
     earlier = {s.name: s for s in config.stage[:index]}
     if stage.init_from is not None:
         return run_dir / stage.init_from if stage.init_from in earlier else Path(stage.init_from)
-    trained = [s.name for s in config.stage[:index] if not isinstance(s, (EvalStage, RewardModelStage))]
+    trained = [s.name for s in config.stage[:index] if isinstance(s, (PretrainStage, GrpoStage))]
     return run_dir / trained[-1] if trained else None
 
 
 def checkpoint_of(path: Path) -> Path | None:
-    """The checkpoint that `path` is, or the newest one in it (a stage's folder, or its `checkpoints`)."""
-    if (path / folders.MANIFEST).is_file():
+    """The weights that `path` is, or holds: a checkpoint of training (the newest of a stage's), a Hugging Face folder
+    (an export stage's `hf` too), or a Megatron checkpoint that something else wrote.
+    """
+    if (path / folders.MANIFEST).is_file() or folders.of_training(path) or is_hf(path):
         return path
-    return folders.latest(path / "checkpoints") or folders.latest(path)
+    found = folders.latest(path / "checkpoints") or folders.latest(path)
+    if found is None and is_hf(path / "hf"):
+        return path / "hf"
+    return path if found is None and is_megatron(path) else found
 
 
-def _check_start(source: str, name: str, config: RunConfig) -> None:
-    names = [stage.name for stage in config.stage]
+def _check_start(source: str, stage: Stage, config: RunConfig, arch: Architecture) -> None:
+    names = [each.name for each in config.stage]
+    name = stage.name
     if source in names:
         origin = config.stage[names.index(source)]
         if names.index(source) >= names.index(name):
             raise UserError(f"stage.{name}.from = {source!r}: that stage comes later; stages run in the order written")
         if isinstance(origin, EvalStage):
             raise UserError(f"stage.{name}.from = {source!r}: an eval stage makes no weights; name a training stage")
-        stage = config.stage[names.index(name)]
         if isinstance(origin, RewardModelStage) and not isinstance(stage, RewardModelStage):
             raise UserError(
                 f"stage.{name}.from = {source!r}: that stage makes a reward model, which has no output layer to "
@@ -104,8 +125,23 @@ def _check_start(source: str, name: str, config: RunConfig) -> None:
     else:
         found = checkpoint_of(Path(source))
         if found is None:
-            raise UserError(f"stage.{name}.from = {source!r}: that folder holds no complete checkpoint (step-<number>)")
-        folders.check(found)
+            raise UserError(
+                f"stage.{name}.from = {source!r}: that folder holds no complete checkpoint (step-<number>), no "
+                "safetensors files of a Hugging Face model and no Megatron checkpoint"
+            )
+        if folders.of_training(found) or (found / folders.MANIFEST).is_file():
+            folders.check(found)
+        if not folders.of_training(found):
+            scalar_head = isinstance(stage, RewardModelStage)
+            open_source(found, arch, predictions=config.model.mtp is not False and not scalar_head)
+
+
+def _check_like(stage: ExportStage, like: Path, arch: Architecture) -> None:
+    given = load_architecture(like)
+    differing = [key for key in SHAPE_KEYS if given.get(key) != arch.get(key)]
+    if differing:
+        shown = ", ".join(f"{key} = {given.get(key)} instead of {arch.get(key)}" for key in differing)
+        raise UserError(f"stage.{stage.name}.like: {like} is another model than the one trained: {shown}")
 
 
 def _check_rows(stage: TrainStage, model: ModelConfig, layout: ParallelConfig) -> None:

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_r1.config.errors import RunFailed, UserError
-from megatron_r1.config.run import EvalStage, GrpoStage, PretrainStage, RewardModelStage, RunConfig, Stage
+from megatron_r1.config.run import EvalStage, GrpoStage, PretrainStage, RewardModelStage, RunConfig, Stage, TrainStage
 from megatron_r1.model import kernels
 from megatron_r1.model.presets import Architecture
 from megatron_r1.observe.rundir import RunDir, StageState
@@ -113,12 +113,13 @@ def _check_on_device(stages: list[Stage], config: RunConfig, arch: Architecture,
 
     for stage in stages:
         model_config(arch, config.model, world, scalar_head=isinstance(stage, RewardModelStage))
-        if not isinstance(stage, EvalStage):
+        if isinstance(stage, TrainStage):
             optimizer_config(stage.optimizer, config.model, world, f"stage.{stage.name}.optimizer.megatron")
 
 
 def _run_stage(stage: Stage, index: int, context: Any) -> None:
     from megatron_r1.pipeline.evaluation import run_evaluation
+    from megatron_r1.pipeline.export import run_export
     from megatron_r1.train.grpo import grpo
     from megatron_r1.train.pretrain import pretrain
     from megatron_r1.train.reward_model import reward_model
@@ -136,8 +137,10 @@ def _run_stage(stage: Stage, index: int, context: Any) -> None:
             result = grpo(stage, context, start)
         elif isinstance(stage, RewardModelStage):
             result = reward_model(stage, context, start)
-        else:
+        elif isinstance(stage, EvalStage):
             result = run_evaluation(stage, context, start)
+        else:
+            result = run_export(stage, context, start)
     except Stopped:
         raise
     except Exception:

@@ -19,6 +19,7 @@ from megatron_r1.observe.progress import Progress
 from megatron_r1.train.context import RunContext
 from megatron_r1.train.dump import dump_batch
 from megatron_r1.train.exclusions import record_exclusions
+from megatron_r1.train.start import load_start
 from megatron_r1.train.stopping import Stopped
 from megatron_r1.train.trainer import StepResult, Trainer
 from megatron_r1.types import Sample
@@ -70,7 +71,7 @@ class StageLoop:
             self._saved_step = self.trainer.step
             logger.info("stage %s goes on from %s", self.stage.name, path)
         elif start is not None:
-            checkpoint_io.load_weights(start, self.trainer)
+            load_start(start, self.trainer)
             if self.reference is not None:
                 self.reference.replace(0)
         if self.context.world.rank == 0:

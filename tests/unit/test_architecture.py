@@ -26,13 +26,13 @@ ROOMS: dict[str, set[str]] = {
     "parallel": {"config"},
     "model": {"parallel", "config"},
     "plan": {"model", "parallel", "config"},
-    "convert": {"model", "parallel"},
-    "checkpoint": {"model", "parallel"},
+    "convert": {"model", "parallel", "observe"},
+    "checkpoint": {"model", "parallel", "convert"},
     "algorithms": {"types", "config"},
     "rewards": {"types", "config"},
     "rollout": {"types", "config", "observe", "data"},
     "train": {
-        *("model", "parallel", "algorithms", "rollout", "rewards", "data", "checkpoint", "observe"),
+        *("model", "parallel", "algorithms", "rollout", "rewards", "data", "checkpoint", "convert", "observe"),
     },
     "cluster": {"config", "observe"},
 }

@@ -17,7 +17,7 @@ def write(root: Path, step: int, keep: int = 2) -> Path:
     (target / "weights.bin").write_bytes(bytes(range(100)))
     (target / "inner").mkdir()
     (target / "inner" / "more.json").write_text("{}")
-    return folders.commit(target, keep)
+    return folders.commit(target, {}, keep)
 
 
 def test_commit_gives_the_final_name_and_records_sizes(tmp_path: Path) -> None:
@@ -101,6 +101,6 @@ def test_a_failure_while_committing_leaves_no_final_name(tmp_path: Path, monkeyp
 
     monkeypatch.setattr(os, "fsync", full)
     with pytest.raises(OSError, match="No space left"):
-        folders.commit(target, keep=1)
+        folders.commit(target, {}, keep=1)
     assert folders.steps(tmp_path) == [3], "the older one is dropped only once the new one is there"
     folders.check(folders.folder(tmp_path, 3))

@@ -1,0 +1,263 @@
+"""The checkpoint converter against a plain copy of what it writes, its memory, its kernels and its planning.
+
+    python benchmarks/convert.py
+    python benchmarks/convert.py --rounds 7 --gb 1 --work /scratch/me
+
+Makes DeepSeek-V3's FP8 checkpoint with one layer of few experts and a small vocabulary: tensors of the real sizes, of
+one repeated block of random bytes, since no job's time depends on their values. --gb are the sizes of its BF16 form.
+Jobs, the command line each, in a process of its own, on one worker: `cast to bf16` and `cast to fp8` between Hugging
+Face folders, `import` of the BF16 one to torch_dist and `export` from there. Beside each job runs `copy`, a process
+that copies the files that the job wrote (shutil.copyfile). Both sides bring their bytes onto the disk (fsync).
+Inputs are in the page cache when they fit.
+
+Jobs and copies run in turn, --rounds times for the first size, half as often for the others; the smallest processor
+time (user + system) of each counts. `net` is without the time of a process that only imports the same modules.
+Peak memory is VmHWM of the process, all that it has resident; its bound is that of the process that only imports, plus
+64 MiB, plus three times the FP8 bytes of the largest tensor that is transformed.
+
+Then, once: the kernels against the loop over blocks (fp8_kernels.py), and planning DeepSeek-V3 in full: `convert
+inspect`, and the hashes of its plans, which --resume compares. Prints tables, then one JSON object on the last line.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Mapping, Sequence
+from math import prod
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from machine import ROOT, commit, machine
+
+from megatron_r1.convert.correspondence import Correspondence
+from megatron_r1.convert.hf_files import INDEX, SINGLE, index_json, shard_layout
+from megatron_r1.convert.inspecting import planned_hf
+from megatron_r1.model.presets import load_architecture
+
+PRESET = ROOT / "megatron_r1" / "model" / "presets" / "deepseek-v3.json"
+SHARD_BYTES = 500 * 10**6
+JOBS: dict[str, tuple[str, ...]] = {  # what follows `megatron-r1 convert`, run in the work folder
+    "cast to bf16": ("cast", "fp8", "bf16", "--dtype", "bf16"),
+    "cast to fp8": ("cast", "bf16", "fp8-again", "--dtype", "fp8"),
+    "import": ("import", "bf16", "megatron"),
+    "export": ("export", "megatron", "bf16-again"),
+}
+GOALS = {"cast to bf16": 0.35, "import": 0.35, "export": 0.6}  # of the copy, per processor second, net
+# Each process ends by telling its peak memory; its processor time is asked for from outside.
+REPORT = "print('VmHWM', open('/proc/self/status').read().split('VmHWM:')[1].split()[0])"
+CONVERT = f"import sys; from megatron_r1.cli import main; status = main(sys.argv[1:]); {REPORT}; sys.exit(status)"
+IMPORT = f"""
+import megatron_r1.cli, megatron_r1.convert.conversion, megatron_r1.convert.write
+import megatron_r1.observe.progress, torch.distributed.checkpoint.filesystem
+{REPORT}"""
+COPY = f"""
+import os, shutil, sys
+for root, _, names in os.walk(sys.argv[1]):
+    folder = os.path.join(sys.argv[2], os.path.relpath(root, sys.argv[1]))
+    os.makedirs(folder, exist_ok=True)
+    for name in names:
+        shutil.copyfile(os.path.join(root, name), os.path.join(folder, name))
+        with open(os.path.join(folder, name), "rb") as file:
+            os.fsync(file.fileno())
+{REPORT}"""
+IMPORT_COPY = f"import os, shutil, sys\n{REPORT}"
+HASH = f"""
+import json, time
+from pathlib import Path
+from megatron_r1.convert.correspondence import Correspondence
+from megatron_r1.convert.importing import import_plan
+from megatron_r1.convert.inspecting import planned_hf
+from megatron_r1.convert.plan import HfSource
+from megatron_r1.convert.write import plan_hash
+from megatron_r1.model.presets import load_architecture
+table = Correspondence(load_architecture(Path({str(PRESET)!r})))
+plan = import_plan(HfSource(planned_hf(table, "fp8"), table), spec="te", dtype=None, file_bytes=5 * 10**9).plan
+began = time.process_time()
+for file in plan.files:
+    plan_hash(file, lambda source: "as it is")
+print(json.dumps({{"hash_seconds": time.process_time() - began}}))
+{REPORT}"""
+Measured = dict[str, float]
+
+
+def main() -> None:
+    """Measure everything and report."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--gb", type=float, nargs="+", default=[1.0, 4.0], help="sizes of the model in BF16")
+    parser.add_argument("--work", type=Path, help="folder for 4.5 times that size (default: a temporary one)")
+    parser.add_argument("--json", action="store_true", help="print nothing but the last line")
+    arguments = parser.parse_args()
+
+    def say(text: str) -> None:
+        if not arguments.json:
+            print(text, flush=True)
+
+    say(f"{machine()}; commit {commit()}; load {load()}")
+    sizes: dict[str, Any] = {}
+    for number, gigabytes in enumerate(arguments.gb):
+        rounds = arguments.rounds if number == 0 else -(-arguments.rounds // 2)
+        with tempfile.TemporaryDirectory(dir=arguments.work, prefix="convert-") as folder:
+            sizes[f"{gigabytes:g}"] = one_size(Path(folder), gigabytes, rounds)
+        say(table(gigabytes, sizes[f"{gigabytes:g}"]))
+    kernels = kernel_ratios(arguments.rounds)
+    say(f"kernel over loop: {', '.join(f'{job} {ratio:.1f}' for job, ratio in kernels.items())}; goal 10 to dequantise")
+    planned = planning()
+    say(
+        "DeepSeek-V3 planned both ways: {seconds:.1f} s, {cpu:.1f} CPU s, {peak_mib:.0f} MiB (goal 60 s, 1,536 MiB); "
+        "hashes of its import {hash_seconds:.2f} CPU s".format(**planned)
+    )
+    result = {"sizes": sizes, "kernel_over_loop": kernels, "planning": planned, "load_after": load()}
+    print(json.dumps({**result, "rounds": arguments.rounds, "machine": machine(), "commit": commit()}))
+
+
+def one_size(folder: Path, gigabytes: float, rounds: int) -> dict[str, Any]:
+    """Everything measured on a model of this size."""
+    largest = build(folder / "fp8", gigabytes)
+    found: dict[str, list[Measured]] = {}
+
+    def take(side: str, code: str, *arguments: str) -> None:
+        found.setdefault(side, []).append(in_child(code, arguments, folder))
+
+    for _ in range(rounds):
+        take("imports", IMPORT)
+        take("copy's imports", IMPORT_COPY)
+        for job, words in JOBS.items():
+            shutil.rmtree(folder / words[2], ignore_errors=True)
+            take(job, CONVERT, "convert", *words)
+            shutil.rmtree(folder / "copy", ignore_errors=True)
+            take(f"copy of {job}", COPY, words[2], "copy")
+    best = {side: {name: min(run[name] for run in runs) for name in runs[0]} for side, runs in found.items()}
+    bound = best["imports"]["peak_mib"] + 64 + 3 * largest / 2**20
+    jobs = {}
+    for job, words in JOBS.items():
+        written = sum(file.stat().st_size for file in (folder / words[2]).rglob("*") if file.is_file())
+        ours, copy = best[job], best[f"copy of {job}"]
+        net, copy_net = ours["cpu"] - best["imports"]["cpu"], copy["cpu"] - best["copy's imports"]["cpu"]
+        jobs[job] = {
+            **{"net_ratio": copy_net / net, "whole_ratio": copy["cpu"] / ours["cpu"]},
+            **{"wall_ratio": copy["wall"] / ours["wall"], "gb_written": written / 1e9},
+            **{"net_gb_per_cpu_second": written / 1e9 / net, "copy_gb_per_cpu_second": written / 1e9 / copy_net},
+            "peak_mib": max(run["peak_mib"] for run in found[job]),
+            "bound_mib": bound,
+        }
+    return {"jobs": jobs, "best": best, "rounds": rounds, "largest_mib": largest / 2**20}
+
+
+def build(folder: Path, gigabytes: float) -> int:
+    """Write the FP8 checkpoint; returns the bytes of its largest FP8 tensor."""
+    config = json.loads(PRESET.read_text(encoding="utf-8"))
+    config |= {"vocab_size": 1024, "num_hidden_layers": 1, "first_k_dense_replace": 0, "num_nextn_predict_layers": 0}
+    config |= {"torch_dtype": "bfloat16", "n_routed_experts": 8, "n_group": 1, "topk_group": 1}
+    config["quantization_config"] = {"activation_scheme": "dynamic", "fmt": "e4m3", "quant_method": "fp8"}
+    config["quantization_config"]["weight_block_size"] = [128, 128]
+    folder.mkdir()
+    expert = 3 * 2 * config["hidden_size"] * config["moe_intermediate_size"]
+    missing = gigabytes * 1e9 - sum(2 * prod(shape) for _, _, shape in tensors(folder, config))
+    config["n_routed_experts"] = max(8, 8 + round(missing / expert))
+    listed = tensors(folder, config)
+    blocks = random_blocks(np.random.default_rng(0))
+    shards = shard_layout(listed, SHARD_BYTES, None)
+    for shard in shards:
+        with (folder / shard.name).open("wb") as file:
+            file.write(shard.header)
+            for tensor in shard.tensors:
+                for start in range(0, tensor.bytes, len(blocks[tensor.dtype])):
+                    file.write(blocks[tensor.dtype][: tensor.bytes - start])
+    if [shard.name for shard in shards] != [SINGLE]:
+        (folder / INDEX).write_bytes(index_json(shards))
+    return max(prod(shape) for _, dtype, shape in listed if dtype == "F8_E4M3")
+
+
+def tensors(folder: Path, config: Mapping[str, Any]) -> list[tuple[str, str, tuple[int, ...]]]:
+    """(name, dtype, shape) of every tensor of such a model, whose config.json is written."""
+    (folder / "config.json").write_text(json.dumps(config), encoding="utf-8")
+    archive = planned_hf(Correspondence(load_architecture(folder)), "fp8")
+    return [(tensor.name, tensor.dtype, tensor.shape) for tensor in archive.tensors.values()]
+
+
+def random_blocks(draw: np.random.Generator) -> dict[str, memoryview]:
+    """dtype -> the bytes that its tensors repeat: E4M3 codes but NaN, scales around 1e-4, BF16 weights."""
+    codes = draw.integers(0, 256, 8 << 20, dtype=np.uint8)
+    codes[codes & 0x7F == 0x7F] = 0
+    scales = draw.uniform(1e-4, 2e-4, 1 << 16).astype(np.float32)
+    weights = (draw.standard_normal(1 << 20, dtype=np.float32) * 0.02).view(np.uint16)[1::2].copy()
+    made = {"F8_E4M3": codes, "F32": scales, "BF16": weights}
+    return {dtype: memoryview(block.view(np.uint8)) for dtype, block in made.items()}
+
+
+def in_child(code: str, arguments: Sequence[str] = (), folder: Path = ROOT) -> dict[str, Any]:
+    """Processor and wall seconds, peak memory and JSON output of a fresh Python process."""
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    began, before = time.perf_counter(), os.times()
+    done = subprocess.run(
+        [sys.executable, "-c", code, *arguments], cwd=folder, env=environment, capture_output=True, text=True
+    )
+    wall, after = time.perf_counter() - began, os.times()
+    if done.returncode:
+        raise RuntimeError(f"{' '.join(arguments)} ended with {done.returncode}:\n{done.stderr}")
+    *lines, last = done.stdout.splitlines()
+    spent = after.children_user + after.children_system - before.children_user - before.children_system
+    told = json.loads(lines[-1]) if lines and lines[-1].startswith("{") else {}
+    return {**told, "cpu": spent, "wall": wall, "peak_mib": int(last.split()[1]) / 1024}
+
+
+def kernel_ratios(rounds: int) -> dict[str, float]:
+    """How many times as fast as the loop over blocks the kernels are, by processor time."""
+    done = subprocess.run(
+        [sys.executable, str(ROOT / "benchmarks" / "fp8_kernels.py"), "--rounds", str(rounds)],
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    found = json.loads(done.stdout.splitlines()[-1])
+    return {job: found[f"{job}_over_loop"] for job in ("dequantise", "quantise", "keep")}
+
+
+def planning() -> dict[str, float]:
+    """Planning DeepSeek-V3 both ways from its config, and the hashes of the import."""
+    run = in_child(CONVERT, ("convert", "inspect", "--preset", "deepseek-v3", "--dtype", "fp8", "--json"))
+    hashed = in_child(HASH)
+    return {
+        **{"seconds": run["wall"], "cpu": run["cpu"], "peak_mib": run["peak_mib"]},
+        **{"hash_seconds": hashed["hash_seconds"], "hash_peak_mib": hashed["peak_mib"]},
+    }
+
+
+def load() -> str:
+    """The machine's load averages."""
+    return " ".join(f"{value:.1f}" for value in os.getloadavg())
+
+
+def table(gigabytes: float, size: Mapping[str, Any]) -> str:
+    """A Markdown table, one row a job."""
+    best = size["best"]
+    lines = [
+        f"{gigabytes:g} GB, {size['rounds']} rounds; imports {best['imports']['cpu']:.2f} CPU s, "
+        f"{best['imports']['peak_mib']:.0f} MiB; largest transformed tensor {size['largest_mib']:.0f} MiB",
+        "| job | GB written | GB / CPU s net | copy's | of copy net (goal) | of copy whole | of copy, wall | MiB (bound) |",
+        "|---" * 8 + "|",
+    ]
+    for job, row in size["jobs"].items():
+        goal = f" ({GOALS[job]})" if job in GOALS else ""
+        cells = [
+            *(f"{row[name]:.2f}" for name in ("gb_written", "net_gb_per_cpu_second", "copy_gb_per_cpu_second")),
+            f"{row['net_ratio']:.2f}{goal}",
+            *(f"{row[name]:.2f}" for name in ("whole_ratio", "wall_ratio")),
+            f"{row['peak_mib']:.0f} ({row['bound_mib']:.0f})",
+        ]
+        lines.append(f"| {job} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,219 @@
+"""The conversions as one object each: what is written, what goes beside it, and what is known before the first byte.
+
+`command.py` makes one from a command line, a recipe's export stage from its tables; both then print it or `run` it.
+"""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
+
+from megatron_r1.config.errors import UserError
+from megatron_r1.convert import hf_config, origin, torch_dist
+from megatron_r1.convert.correspondence import SCALE, Correspondence
+from megatron_r1.convert.exporting import DTYPES, HfPlan, Scales, cast_plan, export_plan
+from megatron_r1.convert.hf_files import INDEX, SINGLE, index_json, read_hf
+from megatron_r1.convert.importing import SCALES_FILE, import_plan
+from megatron_r1.convert.names import Spec
+from megatron_r1.convert.origin import Origin
+from megatron_r1.convert.plan import FP8, HfSource, MegatronSource, Plan
+from megatron_r1.convert.source import read_megatron
+from megatron_r1.model.presets import load_architecture
+
+SHARD_BYTES = 5 * 10**9
+"""Most bytes of a file by default."""
+
+
+@dataclass(frozen=True)
+class Conversion:
+    """last: small files that complete the folder, by name. about: facts for its manifest. notes: for the user."""
+
+    kind: Literal["import", "export", "cast"]
+    plan: Plan
+    last: Mapping[str, bytes]
+    about: Mapping[str, Any]
+    notes: tuple[str, ...] = ()
+
+    @property
+    def operations(self) -> Counter[str]:
+        """How many bytes are written by which operation."""
+        counted: Counter[str] = Counter()
+        for file in self.plan.files:
+            for target in file.targets:
+                counted[target.operation] += target.bytes
+        return counted
+
+    def peak_bytes(self, workers: int) -> int:
+        """Memory that the buffers of so many workers take, about, beyond the imports and the plan itself."""
+        from megatron_r1.convert.execute import buffer_bytes
+
+        sizes = [buffer_bytes(target) for file in self.plan.files for target in file.targets]
+        return workers * max(sizes, default=0)
+
+
+def run(
+    conversion: Conversion,
+    folder: Path,
+    *,
+    workers: int = 1,
+    resume: bool = False,
+    overwrite: bool = False,
+    progress: Callable[[int], None] = lambda _: None,
+) -> None:
+    """Write it into `folder`; see `write.carry_out`."""
+    from megatron_r1.convert.write import carry_out
+
+    carry_out(
+        conversion.plan,
+        folder,
+        conversion.last,
+        workers=workers,
+        resume=resume,
+        overwrite=overwrite,
+        progress=progress,
+        about=conversion.about,
+    )
+
+
+def import_conversion(
+    hf: Path, *, spec: Spec = "te", dtype: str | None = None, predictions: bool = True, file_bytes: int = SHARD_BYTES
+) -> Conversion:
+    """A Hugging Face folder becomes a torch_dist checkpoint.
+
+    spec: whose parameter names it gets. dtype: "bf16", "fp16" or "fp32" for all weights; None: as they are, FP8 as
+    BF16. predictions: False leaves the multi-token-prediction layers out. Raises UserError as the readers and plans do.
+    """
+    source = open_hf(hf, predictions=predictions)
+    made = import_plan(source, spec=spec, dtype=None if dtype is None else DTYPES[dtype], file_bytes=file_bytes)
+    known = origin.of_archive(source.archive)
+    aux, notes = _aux(hf)
+    last = {f"{origin.KEPT}/{name}": data for name, data in {**aux, **origin.kept_files(known)}.items()}
+    last |= torch_dist.common_files()
+    last[".metadata"] = torch_dist.metadata_bytes(made.tensors, made.objects)
+    about = {"conversion": "import", "source": str(hf), "spec": spec, "mtp_layers": source.table.predictions}
+    return Conversion("import", made.plan, last, about, _notes_of_import(source, notes))
+
+
+def export_conversion(
+    megatron: Path,
+    *,
+    like: Path | None = None,
+    tokenizer: Path | None = None,
+    dtype: str | None = None,
+    scales: Scales | None = None,
+    predictions: bool = True,
+    shard_bytes: int = SHARD_BYTES,
+) -> Conversion:
+    """A Megatron checkpoint becomes a Hugging Face folder.
+
+    like: the Hugging Face folder that the model came from (or a config.json); None: what the checkpoint itself keeps of
+    it. tokenizer: a folder to take the tokenizer from instead. dtype: a key of DTYPES; None: as the model came.
+    scales: of FP8 blocks; None: as its config.json says. Raises UserError as the readers and plans do, and where
+    nothing says which architecture the checkpoint has.
+    """
+    source, known = open_megatron(megatron, like, predictions=predictions)
+    made = export_plan(source, known, dtype=dtype, scales=scales or _scales(known), shard_bytes=shard_bytes)
+    return _to_hf("export", made, known, source.table, tokenizer, source.archive.folder, scales)
+
+
+def cast_conversion(
+    hf: Path, *, dtype: str, scales: Scales | None = None, predictions: bool = True, shard_bytes: int = SHARD_BYTES
+) -> Conversion:
+    """A Hugging Face folder in another dtype (a key of DTYPES). Raises UserError as the readers and plans do."""
+    source = open_hf(hf, predictions=predictions)
+    known = replace(origin.of_archive(source.archive), weight_map=None, dtypes={})
+    made = cast_plan(source, known, dtype=dtype, scales=scales or _scales(known), shard_bytes=shard_bytes)
+    return _to_hf("cast", made, known, source.table, None, hf, scales)
+
+
+def open_hf(folder: Path, *, predictions: bool = True) -> HfSource:
+    """A Hugging Face checkpoint with its table. Raises UserError for what is damaged or does not fit."""
+    table = Correspondence(load_architecture(folder), predictions=predictions)
+    return HfSource(read_hf(folder), table)
+
+
+def open_megatron(folder: Path, like: Path | None, *, predictions: bool = True) -> tuple[MegatronSource, Origin]:
+    """A Megatron checkpoint, torch_dist or legacy, with its table and its origin. Raises UserError as above."""
+    checkpoint = torch_dist.checkpoint_folder(folder)
+    kept = checkpoint / origin.KEPT
+    if like is None and not (kept / hf_config.CONFIG).is_file():
+        raise UserError(
+            f"{folder} does not say which model it is: it has no {origin.KEPT}/{hf_config.CONFIG}. Name the Hugging Face "
+            "folder that it came from, or a config.json, with --like"
+        )
+    known = origin.of_folder(like or kept)
+    table = Correspondence(load_architecture(like or kept), predictions=predictions)
+    return read_megatron(checkpoint, table), known
+
+
+def _to_hf(
+    kind: Literal["export", "cast"],
+    made: HfPlan,
+    known: Origin,
+    table: Correspondence,
+    tokenizer: Path | None,
+    source: Path,
+    scales: Scales | None,
+) -> Conversion:
+    layout = None
+    if any(tensor.dtype == FP8 for shard in made.shards for tensor in shard.tensors):
+        given = known.config.get("quantization_config")
+        skipped = _listed(given) if given else table.unquantised_modules()
+        layout = hf_config.Fp8Layout(ue8m0=(scales or _scales(known)) == "power-of-2", skipped=tuple(skipped))
+    dtype = _usual_dtype(made)
+    config = hf_config.export_config(known.config, dtype=dtype, fp8=layout, mtp_layers=table.predictions)
+    aux, notes = _aux(tokenizer or known.folder)
+    last = dict(aux)
+    if [shard.name for shard in made.shards] != [SINGLE]:
+        last[INDEX] = _index(made, known)
+    last[hf_config.CONFIG] = hf_config.config_bytes(known.config_bytes, config)
+    about = {"conversion": kind, "source": str(source), "mtp_layers": table.predictions}
+    return Conversion(kind, made.plan, last, about, notes)
+
+
+def _index(made: HfPlan, known: Origin) -> bytes:
+    """The index; the origin's own file where it says the same."""
+    written = index_json(made.shards)
+    if known.index is not None:
+        old, new = json.loads(known.index), json.loads(written)
+        same_size = old.get("metadata", {}).get("total_size") == new["metadata"]["total_size"]
+        if same_size and old["weight_map"] == new["weight_map"]:
+            return known.index
+    return written
+
+
+def _usual_dtype(made: HfPlan) -> str:
+    """The dtype of most bytes beside FP8 ones and their scales."""
+    counted: Counter[str] = Counter()
+    for tensor in (tensor for shard in made.shards for tensor in shard.tensors):
+        if tensor.dtype != FP8 and not tensor.name.endswith(SCALE):
+            counted[tensor.dtype] += tensor.bytes
+    return counted.most_common(1)[0][0]
+
+
+def _aux(folder: Path) -> tuple[dict[str, bytes], tuple[str, ...]]:
+    """Tokenizer, templates, code: content by relative name, and notes."""
+    if not folder.is_dir():
+        return {}, ("no tokenizer: none is known; name a folder with --tokenizer",)
+    files, notes = hf_config.read_aux(folder)
+    return files, tuple(notes)
+
+
+def _listed(quantization: Mapping[str, Any]) -> list[str]:
+    """The modules that a quantization_config leaves out, under either spelling."""
+    return list(quantization.get("modules_to_not_convert") or quantization.get("ignored_layers") or [])
+
+
+def _scales(known: Origin) -> Scales:
+    given = known.config.get("quantization_config") or {}
+    return "power-of-2" if given.get("scale_fmt") == "ue8m0" else "fp32"
+
+
+def _notes_of_import(source: HfSource, notes: tuple[str, ...]) -> tuple[str, ...]:
+    if source.quantised:
+        notes = (*notes, f"FP8 weights become BF16; their scales are kept in {SCALES_FILE} for a later export")
+    return notes

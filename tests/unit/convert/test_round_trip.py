@@ -1,0 +1,510 @@
+"""Hugging Face -> Megatron -> Hugging Face gives the same files, byte for byte, for every family, spec and spelling."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import re
+import shutil
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from megatron_r1.config.errors import UserError
+from megatron_r1.convert import execute, origin, torch_dist
+from megatron_r1.convert.conversion import (
+    Conversion,
+    cast_conversion,
+    export_conversion,
+    import_conversion,
+    run,
+)
+from megatron_r1.convert.correspondence import Correspondence
+from megatron_r1.convert.exporting import Scales, export_plan
+from megatron_r1.convert.names import ALIASES, Spec
+from megatron_r1.convert.plan import MegatronSource
+from megatron_r1.convert.storage import ITEMSIZE, Archive, Chunk, Stored
+from megatron_r1.model.block_fp8 import dequantise
+from megatron_r1.model.presets import load_architecture
+from tests.reference.synthetic_hf import FAMILIES, quantised, write_family, write_shards
+
+SPECS: tuple[Spec, ...] = ("te", "local")
+Sources = Callable[..., Path]
+
+
+@pytest.fixture(autouse=True)
+def _no_waiting_for_the_disk(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whether bytes survive a power failure is not asked here, and every small file would wait for it."""
+    monkeypatch.setattr(os, "fsync", lambda handle: None)
+
+
+@pytest.fixture(scope="module")
+def sources(tmp_path_factory: pytest.TempPathFactory) -> Sources:
+    """Makes a synthetic checkpoint; the same arguments give the same folder."""
+    made: dict[str, Path] = {}
+    root = tmp_path_factory.mktemp("sources")
+
+    def make(family: str, **settings: Any) -> Path:
+        key = f"{family} {sorted(settings.items())}"
+        if key not in made:
+            made[key] = root / str(len(made))
+            write_family(made[key], family, **settings)
+        return made[key]
+
+    return make
+
+
+def there_and_back(source: Path, scratch: Path, spec: Spec = "te", workers: int = 1, **export: Any) -> Path:
+    """The folder of the export of an import."""
+    run(import_conversion(source, spec=spec), scratch / "megatron", workers=workers)
+    run(export_conversion(scratch / "megatron", **export), scratch / "hf", workers=workers)
+    return scratch / "hf"
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    """Every file but the config, which has a test of its own, and what only conversions write."""
+    return {
+        file.relative_to(folder).as_posix(): file.read_bytes()
+        for file in sorted(folder.rglob("*"))
+        if file.is_file() and file.name not in ("config.json", "manifest.json")
+    }
+
+
+def assert_same_files(found: Path, expected: Path) -> None:
+    one, two = contents(found), contents(expected)
+    assert one.keys() == two.keys()
+    assert [name for name in one if one[name] != two[name]] == []
+
+
+def config(folder: Path) -> dict[str, Any]:
+    return dict(json.loads((folder / "config.json").read_text()))
+
+
+def tensors(folder: Path) -> dict[str, torch.Tensor]:
+    return {name: value for file in sorted(folder.glob("*.safetensors")) for name, value in load_file(file).items()}
+
+
+def assert_same_tensors(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> None:
+    assert found.keys() == expected.keys()
+    for name, value in expected.items():
+        assert found[name].dtype == value.dtype, name
+        assert torch.equal(bits(found[name]), bits(value)), name
+
+
+def bits(value: torch.Tensor) -> torch.Tensor:
+    return value.contiguous().view(torch.uint8)
+
+
+@pytest.mark.parametrize("spec", SPECS)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_family_comes_back(family: str, spec: Spec, sources: Sources, tmp_path: Path) -> None:
+    source = sources(family, shards=3)
+    back = there_and_back(source, tmp_path, spec)
+    assert_same_files(back, source)
+    assert len(list(back.glob("*.safetensors"))) == 3
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_config_gains_only_second_spellings(family: str, sources: Sources, tmp_path: Path) -> None:
+    source = sources(family, shards=3)
+    back = config(there_and_back(source, tmp_path))
+    given = config(source)
+    assert {key: back[key] for key in given} == given
+    rope = {"rope_theta": given["rope_theta"], "rope_type": "default"}
+    if given["rope_scaling"] is not None:
+        scaling = {key: value for key, value in given["rope_scaling"].items() if key != "type"}
+        rope = {**rope, "rope_type": given["rope_scaling"]["type"], **scaling}
+    assert {key: back[key] for key in back.keys() - given.keys()} == {"dtype": "bfloat16", "rope_parameters": rope}
+
+
+@pytest.mark.parametrize("family", ["deepseek_v3", "qwen3"])
+def test_a_config_with_both_spellings_comes_back_byte_for_byte(family: str, sources: Sources, tmp_path: Path) -> None:
+    source = tmp_path / "source"
+    shutil.copytree(sources(family, shards=3), source)
+    both = config(there_and_back(source, tmp_path / "first"))
+    (source / "config.json").write_text(json.dumps(both, indent=3))  # not as this project would indent it
+    back = there_and_back(source, tmp_path / "second")
+    assert (back / "config.json").read_bytes() == (source / "config.json").read_bytes()
+
+
+@pytest.mark.parametrize("shards", [1, 5])
+@pytest.mark.parametrize("family", ["deepseek_v3", "llama-tied"])
+def test_any_number_of_files(family: str, shards: int, sources: Sources, tmp_path: Path) -> None:
+    """Small files on both sides: the Megatron checkpoint in many, the Hugging Face one as its origin was cut."""
+    source = sources(family, shards=shards)
+    run(import_conversion(source, file_bytes=50_000), tmp_path / "megatron")
+    files = sorted(tmp_path.glob("megatron/*.distcp"))
+    assert len(files) > 10
+    assert sorted(file.name for file in files) == sorted(f"__0_{i}.distcp" for i in range(len(files)))
+    largest = max(t.bytes for t in torch_dist.read_torch_dist(tmp_path / "megatron").tensors.values())
+    assert all(file.stat().st_size < max(50_000, largest + 4096) for file in files)
+    run(export_conversion(tmp_path / "megatron", shard_bytes=77_777), tmp_path / "hf")
+    assert_same_files(tmp_path / "hf", source)
+
+
+def test_without_the_origin_files_are_cut_by_size(sources: Sources, tmp_path: Path) -> None:
+    source = sources("qwen3", shards=2)
+    run(import_conversion(source), tmp_path / "megatron")
+    like = tmp_path / "config.json"
+    shutil.copy(source / "config.json", like)
+    run(export_conversion(tmp_path / "megatron", like=like, shard_bytes=500_000), tmp_path / "hf")
+    found = sorted((tmp_path / "hf").glob("*.safetensors"))
+    assert len(found) > 4
+    for file in found:
+        held = load_file(file)
+        assert len(held) == 1 or sum(tensor.nbytes for tensor in held.values()) <= 500_000
+    assert_same_tensors(tensors(tmp_path / "hf"), tensors(source))
+    index = json.loads((tmp_path / "hf" / "model.safetensors.index.json").read_text())
+    assert index["weight_map"] == {name: file.name for file in found for name in load_file(file)}
+    assert index["metadata"]["total_size"] == sum(tensor.nbytes for tensor in tensors(source).values())
+
+
+@pytest.mark.parametrize("scales", [True, "ue8m0"])
+@pytest.mark.parametrize("spec", SPECS)
+def test_fp8_comes_back(scales: Any, spec: Spec, sources: Sources, tmp_path: Path) -> None:
+    """Through BF16 and the kept scales."""
+    source = sources("deepseek_v3", fp8=scales, shards=3)
+    back = there_and_back(source, tmp_path, spec)
+    assert_same_files(back, source)
+    assert config(back)["quantization_config"].items() >= config(source)["quantization_config"].items()
+    archive = torch_dist.read_torch_dist(tmp_path / "megatron")
+    assert {t.dtype for t in archive.tensors.values()} == {"BF16", "F32"}
+    assert {t.name.rpartition(".")[2] for t in archive.tensors.values() if t.dtype == "F32"} == {"expert_bias"}
+
+
+@pytest.mark.parametrize("scales", [True, "ue8m0"])
+def test_fp8_becomes_the_slow_reference_s_bf16(scales: Any, sources: Sources, tmp_path: Path) -> None:
+    source = sources("deepseek_v3", fp8=scales, shards=3)
+    stored = tensors(source)
+    expected = {}
+    for name, value in stored.items():
+        if name.endswith("_scale_inv"):
+            continue
+        scale = stored.get(f"{name}_scale_inv")
+        expected[name] = value if scale is None else dequantise(value, scale, (128, 128)).bfloat16()
+    assert sum(value.dtype == torch.float8_e4m3fn for value in stored.values()) > 40
+    run(cast_conversion(source, dtype="bf16"), tmp_path / "cast")
+    assert_same_tensors(tensors(tmp_path / "cast"), expected)
+    back = there_and_back(source, tmp_path, dtype="bf16")
+    assert_same_tensors(tensors(back), expected)
+    for folder in (tmp_path / "cast", back):
+        assert "quantization_config" not in config(folder) and config(folder)["torch_dtype"] == "bfloat16"
+
+
+@pytest.mark.parametrize("scales", ["fp32", "power-of-2"])
+def test_fp8_cast_there_and_back(scales: Scales, sources: Sources, tmp_path: Path) -> None:
+    """Without the old scales. Codes stay and float32 scales move within BF16's rounding. Scales of powers of two keep
+    every value, though a block whose largest value was rounded down to half the range gets the next smaller scale.
+    """
+    power = scales == "power-of-2"
+    source = sources("deepseek_v3", fp8="ue8m0" if power else True, shards=3)
+    run(cast_conversion(source, dtype="bf16"), tmp_path / "bf16")
+    run(cast_conversion(tmp_path / "bf16", dtype="fp8", scales=scales), tmp_path / "fp8")
+    run(cast_conversion(tmp_path / "fp8", dtype="bf16"), tmp_path / "bf16-again")
+    found, expected = tensors(tmp_path / "fp8"), tensors(source)
+    assert found.keys() == expected.keys()
+    for key, value in expected.items():
+        if key.endswith("_scale_inv"):
+            ratio = found[key] / value
+            assert set(ratio.flatten().tolist()) <= {1.0, 0.5} if power else (ratio - 1).abs().max() < 2**-8, key
+        elif not power:
+            assert torch.equal(bits(found[key]), bits(value)), key
+    if power:
+        assert_same_tensors(tensors(tmp_path / "bf16-again"), tensors(tmp_path / "bf16"))
+    assert config(tmp_path / "fp8")["quantization_config"].get("scale_fmt") == ("ue8m0" if power else None)
+
+
+def test_bf16_cast_to_fp8_is_the_slow_reference_s(sources: Sources, tmp_path: Path) -> None:
+    source = sources("deepseek_v3", shards=3)
+    names: tuple[Scales, ...] = ("fp32", "power-of-2")
+    for name in names:
+        run(cast_conversion(source, dtype="fp8", scales=name), tmp_path / name)
+        assert_same_tensors(tensors(tmp_path / name), quantised(tensors(source), power_of_2=name == "power-of-2"))
+
+
+def test_trained_blocks_get_new_scales_and_others_keep_theirs(sources: Sources, tmp_path: Path) -> None:
+    """One weight changed in the Megatron checkpoint: only its block of codes and its scale change on export."""
+    source = sources("deepseek_v3", fp8=True, shards=3)
+    run(import_conversion(source), tmp_path / "megatron")
+    stored = torch_dist.read_torch_dist(tmp_path / "megatron").tensors["decoder.layers.0.mlp.linear_fc2.weight"]
+    (chunk,) = stored.chunks
+    row, column = 130, 5  # in the block (1, 0)
+    with open(chunk.file, "r+b") as file:
+        file.seek(chunk.start + (row * stored.shape[1] + column) * 2)
+        file.write(torch.tensor([7.5], dtype=torch.bfloat16).view(torch.uint8).numpy().tobytes())
+    run(export_conversion(tmp_path / "megatron"), tmp_path / "hf")
+    found, expected = tensors(tmp_path / "hf"), tensors(source)
+    name = "model.layers.0.mlp.down_proj.weight"
+    changed = {key for key in expected if not torch.equal(bits(found[key]), bits(expected[key]))}
+    assert changed == {name, f"{name}_scale_inv"}
+    scale = found[f"{name}_scale_inv"]
+    moved = (scale != expected[f"{name}_scale_inv"]).nonzero().tolist()
+    assert moved == [[1, 0]] and scale[1, 0] == torch.tensor(7.5) / 448
+    codes = bits(found[name]) != bits(expected[name])
+    assert codes.nonzero()[:, 0].min() >= 128 and codes.nonzero()[:, 1].max() < 128
+    assert dequantise(found[name], scale, (128, 128))[row, column] == 7.5
+
+
+@pytest.mark.parametrize("family", ["deepseek_v3", "qwen2", "qwen3_moe"])
+def test_float32_comes_back(family: str, sources: Sources, tmp_path: Path) -> None:
+    source = sources(family, dtype=torch.float32)
+    assert_same_files(there_and_back(source, tmp_path), source)
+    assert {t.dtype for t in torch_dist.read_torch_dist(tmp_path / "megatron").tensors.values()} == {"F32"}
+
+
+def test_other_dtypes_are_torch_s_casts(sources: Sources, tmp_path: Path) -> None:
+    """On the way in, on the way out, or both; the router's bias stays float32."""
+    source = sources("deepseek_v3", dtype=torch.float32)
+    names = {"bf16": torch.bfloat16, "fp16": torch.float16}
+    for name, dtype in names.items():
+        bias = "e_score_correction_bias"
+        expected = {k: v if k.endswith(bias) else v.to(dtype) for k, v in tensors(source).items()}
+        run(import_conversion(source, dtype=name), tmp_path / f"in-{name}")
+        run(export_conversion(tmp_path / f"in-{name}", dtype=name), tmp_path / f"in-{name}-hf")
+        run(import_conversion(source), tmp_path / "as-is", overwrite=True)
+        run(export_conversion(tmp_path / "as-is", dtype=name), tmp_path / f"out-{name}")
+        for folder in (tmp_path / f"in-{name}-hf", tmp_path / f"out-{name}"):
+            assert_same_tensors(tensors(folder), expected)
+            assert config(folder)["torch_dtype"] == str(dtype).removeprefix("torch.")
+
+
+def test_prediction_layers_left_out(sources: Sources, tmp_path: Path) -> None:
+    """On either way, and both: what is left is the decoder's, and the config says that there are no such layers."""
+    source = sources("deepseek_v3", shards=3)
+    whole = tensors(source)
+    expected = {name: value for name, value in whole.items() if not name.startswith("model.layers.2.")}
+    assert len(expected) < len(whole)
+    run(import_conversion(source), tmp_path / "with")
+    run(import_conversion(source, predictions=False), tmp_path / "without")
+    assert not [name for name in torch_dist.read_torch_dist(tmp_path / "without").tensors if name.startswith("mtp.")]
+    for name in ("with", "without"):
+        run(export_conversion(tmp_path / name, predictions=False), tmp_path / f"{name}-hf")
+        assert_same_tensors(tensors(tmp_path / f"{name}-hf"), expected)
+        assert config(tmp_path / f"{name}-hf")["num_nextn_predict_layers"] == 0
+    # The result is a checkpoint of its own.
+    assert_same_files(there_and_back(tmp_path / "with-hf", tmp_path / "again"), tmp_path / "with-hf")
+    with pytest.raises(UserError, match="--no-mtp"):
+        export_conversion(tmp_path / "without")
+
+
+@pytest.mark.parametrize("family", ["deepseek_v3", "qwen3_moe"])
+def test_workers_give_the_same_bytes(family: str, sources: Sources, tmp_path: Path) -> None:
+    source = sources(family, shards=5, fp8=family == "deepseek_v3")
+    for workers in (1, 3):
+        run(import_conversion(source, file_bytes=300_000), tmp_path / f"m{workers}", workers=workers)
+        run(export_conversion(tmp_path / f"m{workers}"), tmp_path / f"h{workers}", workers=workers)
+    assert_same_files(tmp_path / "m3", tmp_path / "m1")
+    assert_same_files(tmp_path / "h3", tmp_path / "h1")
+    assert_same_files(tmp_path / "h3", source)
+
+
+@pytest.mark.parametrize("band", [5000, 40_000])
+def test_the_size_of_a_band_changes_nothing(
+    band: int, sources: Sources, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Small tensors in many bands go through what large ones go through."""
+    monkeypatch.setattr(execute, "BAND", band)
+    for family, fp8 in (("deepseek_v3", True), ("qwen2", False)):
+        source = sources(family, fp8=fp8, shards=3)
+        assert_same_files(there_and_back(source, tmp_path / family), source)
+
+
+# Below: checkpoints in the spellings of other Megatron versions and settings, made from an import by renaming and
+# cutting its entries. The bytes stay where they are.
+
+Edit = Callable[[Stored], Iterable[Stored]]
+
+
+def part(stored: Stored, name: str, axis: int, first: int, size: int, *, keep: bool) -> Stored:
+    """Elements [first, first + size) along a leading axis as a tensor; keep: else the axis is dropped (size 1).
+
+    The chunks of an import are 1 long along the stacked axes, or begin and end at the border of gate and up.
+    """
+    chunks = []
+    for chunk in stored.chunks:
+        if first <= chunk.offsets[axis] < first + size:
+            assert chunk.offsets[axis] + chunk.sizes[axis] <= first + size
+            offsets, sizes = list(chunk.offsets), list(chunk.sizes)
+            offsets[axis] -= first
+            if not keep:
+                del offsets[axis], sizes[axis]
+            chunks.append(Chunk(chunk.file, chunk.start, tuple(offsets), tuple(sizes)))
+    shape = list(stored.shape)
+    shape[axis] = size
+    if not keep:
+        del shape[axis]
+    return Stored(name, stored.dtype, tuple(shape), tuple(chunks))
+
+
+def unstack_layers(stored: Stored) -> Iterator[Stored]:
+    if re.match(r"decoder\.layers\.\D", stored.name):
+        for i in range(stored.shape[0]):
+            yield part(stored, stored.name.replace("layers.", f"layers.{i}."), 0, i, 1, keep=False)
+    else:
+        yield stored
+
+
+def unstack_experts(spelling: str) -> Edit:
+    """spelling: of an expert's tensor, with `{}` for its number and `*` for `linear_fc1.weight` or `linear_fc2.weight`."""
+
+    def edit(stored: Stored) -> Iterator[Stored]:
+        for one in unstack_layers(stored):
+            head, found, rest = one.name.partition("experts.experts.")
+            if not found:
+                yield one
+                continue
+            for e in range(one.shape[0]):
+                yield part(one, head + spelling.format(e).replace("*", rest), 0, e, 1, keep=False)
+
+    return edit
+
+
+def halve(stored: Stored) -> Iterator[Stored]:
+    """As `singleton_local_shards` writes gated layers."""
+    for one in unstack_experts("experts.experts.{}.*")(stored):
+        if one.name.endswith("linear_fc1.weight"):
+            rows = one.shape[0] // 2
+            yield part(one, f"{one.name}_w", 0, 0, rows, keep=True)
+            yield part(one, f"{one.name}_v", 0, rows, rows, keep=True)
+        else:
+            yield one
+
+
+def renamed(*pairs: tuple[str, str]) -> Edit:
+    def edit(stored: Stored) -> Iterator[Stored]:
+        name = stored.name
+        for old, new in pairs:
+            if name.endswith(f".{old}") or (old.endswith(".") and f".{old}" in name):
+                name = name.replace(f".{old}", f".{new}")
+                break
+        yield dataclasses.replace(stored, name=name)
+
+    return edit
+
+
+def vocabulary_padded(stored: Stored) -> Iterator[Stored]:
+    """12 rows behind the vocabulary, of whatever bytes, in a chunk of their own."""
+    if stored.name in ("embedding.word_embeddings.weight", "output_layer.weight"):
+        rows, width = stored.shape
+        junk = Chunk(stored.chunks[0].file, 0, (rows, 0), (12, width))
+        yield Stored(stored.name, stored.dtype, (rows + 12, width), (*stored.chunks, junk))
+    else:
+        yield stored
+
+
+def among_others(stored: Stored) -> Iterator[Stored]:
+    """With what training saves beside the model."""
+    yield stored
+    for prefix in ("optimizer.state.exp_avg.", "reference."):
+        yield dataclasses.replace(stored, name=prefix + stored.name)
+
+
+def cut(axis: int, pieces: int) -> Edit:
+    """Chunks cut along the rows, as tensor or expert parallelism leaves them; the bytes of rows lie together."""
+
+    def edit(stored: Stored) -> Iterator[Stored]:
+        chunks = []
+        for chunk in stored.chunks:
+            at = len(chunk.sizes) - axis
+            if at < 0 or any(size != 1 for size in chunk.sizes[:at]):
+                chunks.append(chunk)
+                continue
+            whole, step = chunk.sizes[at], -(-chunk.sizes[at] // pieces)
+            inner = ITEMSIZE[stored.dtype]
+            for size in chunk.sizes[at + 1 :]:
+                inner *= size
+            for first in range(0, whole, step):
+                offsets, sizes = list(chunk.offsets), list(chunk.sizes)
+                offsets[at] += first
+                sizes[at] = min(step, whole - first)
+                chunks.append(Chunk(chunk.file, chunk.start + first * inner, tuple(offsets), tuple(sizes)))
+        yield dataclasses.replace(stored, chunks=tuple(reversed(chunks)))
+
+    return edit
+
+
+FUSED = tuple((fused, plain) for fused, plain in ALIASES.items())
+SPELLINGS: dict[str, Edit] = {
+    "unfused norms": renamed(*FUSED),
+    **{f"fused norm {fused}": renamed((plain, fused)) for fused, plain in FUSED},
+    "layers one by one": unstack_layers,
+    "singleton experts": unstack_experts("experts.experts.{}.*"),
+    "local experts": unstack_experts("experts.local_experts.{}.*"),
+    "grouped experts": unstack_experts("experts.*{}"),
+    "halves of gated layers": halve,
+    "newer prediction layers": renamed(("transformer_layer.", "mtp_model_layer.")),
+    "padded vocabulary": vocabulary_padded,
+    "a training checkpoint": among_others,
+    "chunks of rows": cut(2, 3),
+    "chunks of vectors": cut(1, 3),
+}
+
+
+def respelled(folder: Path, edit: Edit) -> Archive:
+    archive = torch_dist.read_torch_dist(folder)
+    edited = [new for stored in archive.tensors.values() for new in edit(stored)]
+    assert len({stored.name for stored in edited}) == len(edited)
+    return dataclasses.replace(archive, tensors={stored.name: stored for stored in edited})
+
+
+@pytest.fixture(scope="module")
+def imports(sources: Sources, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """A Megatron checkpoint of every kind of architecture, by family and spec."""
+    root = tmp_path_factory.mktemp("imports")
+    for spec, family in (("te", "deepseek_v3"), ("local", "deepseek_v3"), ("te", "qwen2"), ("te", "qwen3_moe")):
+        run(import_conversion(sources(family, shards=3), spec=spec), root / f"{family} {spec}")
+    return {folder.name: folder for folder in root.iterdir()}
+
+
+@pytest.mark.parametrize("spelling", SPELLINGS)
+def test_every_spelling_is_the_same_model(
+    spelling: str, imports: dict[str, Path], sources: Sources, tmp_path: Path
+) -> None:
+    changed = set()
+    for family, folder in imports.items():
+        archive = respelled(folder, SPELLINGS[spelling])
+        if archive.tensors != torch_dist.read_torch_dist(folder).tensors:
+            changed.add(family)
+        table, known = Correspondence(load_architecture(folder / "hf")), origin.of_folder(folder / "hf")
+        source = MegatronSource(archive, table)
+        made = export_plan(source, known, dtype=None, scales="fp32", shard_bytes=10**9)
+        run(Conversion("export", made.plan, {}, {}), tmp_path / family)
+        assert_same_shards(tmp_path / family, sources(family.split()[0], shards=3))
+    assert changed, "the spelling is another one for some architecture"
+
+
+def assert_same_shards(found: Path, expected: Path) -> None:
+    files = {folder: {f.name: f.read_bytes() for f in folder.glob("*.safetensors")} for folder in (found, expected)}
+    assert files[found].keys() == files[expected].keys()
+    assert [name for name, data in files[expected].items() if files[found][name] != data] == []
+
+
+def test_weights_in_more_than_one_spelling_are_refused(imports: dict[str, Path]) -> None:
+    folder = imports["qwen2 te"]
+
+    def twice(stored: Stored) -> Iterator[Stored]:
+        yield stored
+        if "linear_proj" in stored.name:
+            yield from unstack_layers(stored)
+
+    with pytest.raises(UserError, match="more than once"):
+        MegatronSource(respelled(folder, twice), Correspondence(load_architecture(folder / "hf")))
+
+
+def test_copies_that_differ_are_refused(sources: Sources, tmp_path: Path) -> None:
+    source = tmp_path / "source"
+    shutil.copytree(sources("deepseek_v3", shards=3), source)
+    changed = tensors(source)
+    name = "model.layers.2.embed_tokens.weight"
+    changed[name] = changed[name].clone()
+    changed[name][-1, -1] += 1
+    write_shards(source, changed, 3)
+    with pytest.raises(UserError, match=re.escape(f"{name} differs from model.embed_tokens.weight")):
+        run(import_conversion(source), tmp_path / "megatron")
+    assert not (tmp_path / "megatron" / ".metadata").exists()
+    run(import_conversion(source, predictions=False), tmp_path / "megatron", overwrite=True)

@@ -1,0 +1,8 @@
+#!/usr/bin/env python3
+"""BF16 Hugging Face folder -> block FP8: the same as `megatron-r1 convert cast --dtype fp8`; --help says more."""
+
+import sys
+
+from megatron_r1.cli import main
+
+sys.exit(main(["convert", "cast", "--dtype", "fp8", *sys.argv[1:]]))
