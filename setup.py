@@ -45,9 +45,10 @@ EXTRAS = {
     "math": ["math-verify[antlr4_13_2]>=0.9,<0.10"],
     # Procedural reasoning tasks as prompt sources.
     "tasks": ["reasoning-gym==0.1.25"],
-    # TRL is the outside reference that the loss tests compare with.
+    # TRL is the outside reference that the loss tests compare with; transformers reads the weights of a test with gguf.
     "dev": [
         *("pytest>=8,<10", "hypothesis>=6.100,<7", "ruff>=0.9,<1", "mypy>=1.13,<3", "trl>=1.16,<1.17", "types-psutil"),
+        "gguf>=0.10,<1",
     ],
 }
 EXTRAS["all"] = sorted({requirement for name in EXTRAS for requirement in EXTRAS[name]})

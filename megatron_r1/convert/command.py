@@ -4,23 +4,18 @@ from __future__ import annotations
 
 import argparse
 import json
-import logging
 import sys
-import threading
-import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from megatron_r1.config.errors import UserError
+from megatron_r1.convert.progress import byte_progress, size_text
 
 if TYPE_CHECKING:
     from megatron_r1.convert.conversion import Conversion
     from megatron_r1.convert.correspondence import Correspondence
 
 EXIT_DIFFERENT = 1
-_LINE_SECONDS = 10.0  # between two plain lines of progress
 _DESCRIPTION = """\
 Convert checkpoints between Hugging Face and Megatron-Core, on a CPU, in bounded memory, without building a model.
 Every tensor of both sides is accounted for before the first byte is written, or the command ends with an error.
@@ -66,8 +61,8 @@ def _add_import(kinds: argparse._SubParsersAction[argparse.ArgumentParser]) -> N
         "--spec",
         choices=("te", "local"),
         default="te",
-        help="whose parameter names: Transformer Engine's (default; GPUs) or Megatron's own layers (CPU). They differ for "
-        "DeepSeek-V3 only, and runs of this project load both",
+        help="whose parameter names: Transformer Engine's (default; GPUs) or Megatron's own layers (CPU). They differ "
+        "for DeepSeek-V3 only, and runs of this project load both",
     )
     parser.add_argument("--dtype", choices=("bf16", "fp16", "fp32"), help="of all weights (default: as they are)")
     parser.add_argument(
@@ -144,8 +139,8 @@ def _add_inspect(kinds: argparse._SubParsersAction[argparse.ArgumentParser]) -> 
     parser = kinds.add_parser(
         "inspect",
         help="list the tensors of a checkpoint, or of a model that exists only as a config",
-        description="Show what a checkpoint holds: tensors, shapes, dtypes, bytes. With --preset or --config instead of "
-        "a folder: what such a model's checkpoint would hold, and that both conversions of it can be planned.",
+        description="Show what a checkpoint holds: tensors, shapes, dtypes, bytes. With --preset or --config instead "
+        "of a folder: what such a model's checkpoint would hold, and that both conversions of it can be planned.",
     )
     parser.add_argument(
         "folder", type=Path, nargs="?", metavar="DIR", help="Hugging Face folder or Megatron checkpoint"
@@ -169,8 +164,8 @@ def _add_like(parser: argparse.ArgumentParser) -> None:
         "--like",
         type=Path,
         metavar="HF_DIR",
-        help="the Hugging Face folder that the model came from, or a config.json: gives architecture, tokenizer, dtypes, "
-        "file names and FP8 scales (default: what an import kept in MEGATRON_DIR/hf)",
+        help="the Hugging Face folder that the model came from, or a config.json: gives architecture, tokenizer, "
+        "dtypes, file names and FP8 scales (default: what an import kept in MEGATRON_DIR/hf)",
     )
 
 
@@ -271,7 +266,7 @@ def _carry_out(conversion: Conversion, target: Path, arguments: argparse.Namespa
         raise UserError(f"{target} is the source itself, or inside it or around it; choose another folder to write")
     for note in conversion.notes:
         print(f"note: {note}", file=sys.stderr)
-    with _progress(f"{conversion.kind} to {target}", conversion.plan.bytes) as advance:
+    with byte_progress(f"{conversion.kind} to {target}", conversion.plan.bytes) as advance:
         run(
             conversion,
             target,
@@ -280,8 +275,9 @@ def _carry_out(conversion: Conversion, target: Path, arguments: argparse.Namespa
             overwrite=arguments.overwrite,
             progress=advance,
         )
+    files = len(conversion.plan.files)
     print(
-        f"{target}: {conversion.plan.bytes / 1e9:.3f} GB in {len(conversion.plan.files)} files, checksums in manifest.json"
+        f"{target}: {size_text(conversion.plan.bytes)} in {files} file{'s' * (files > 1)}, checksums in manifest.json"
     )
     return 0
 
@@ -295,7 +291,7 @@ def _same_place(target: Path, source: Path) -> bool:
 def _verify(arguments: argparse.Namespace) -> int:
     from megatron_r1.convert.verify import verify
 
-    with _progress(f"verify {arguments.target}", None) as advance:
+    with byte_progress(f"verify {arguments.target}", None) as advance:
         report = verify(
             arguments.target,
             arguments.source,
@@ -360,66 +356,3 @@ def _read(folder: Path) -> Any:
     if legacy.is_legacy(checkpoint):
         return legacy.read_legacy(checkpoint, lambda _: "none")
     return torch_dist.read_torch_dist(checkpoint)
-
-
-@contextmanager
-def _progress(title: str, total: int | None) -> Iterator[Callable[[int], None]]:
-    """A bar with GB/s and the time left on a terminal, a line now and then elsewhere; yields what is called with bytes."""
-    from megatron_r1.observe.progress import is_terminal
-
-    logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
-    if is_terminal(sys.stderr):
-        from rich.console import Console
-        from rich.progress import (
-            BarColumn,
-            DownloadColumn,
-            Progress,
-            TextColumn,
-            TimeRemainingColumn,
-            TransferSpeedColumn,
-        )
-
-        columns = (
-            TextColumn("{task.description}"),
-            BarColumn(),
-            DownloadColumn(),
-            TransferSpeedColumn(),
-            TimeRemainingColumn(),
-        )
-        with Progress(*columns, console=Console(stderr=True)) as bar:
-            task = bar.add_task(title, total=total)
-            yield lambda count: bar.advance(task, count)
-        return
-    lines = _Lines(title, total)
-    yield lines.advance
-    lines.close()
-
-
-class _Lines:
-    """Progress as plain lines, at most one in ten seconds and one at the end."""
-
-    def __init__(self, title: str, total: int | None) -> None:
-        self.title, self.total, self.done = title, total, 0
-        self.began = self.printed = time.monotonic()
-        self._lock = threading.Lock()
-
-    def advance(self, count: int) -> None:
-        """So many bytes more are done."""
-        with self._lock:
-            self.done += count
-            if time.monotonic() - self.printed >= _LINE_SECONDS:
-                self._print()
-
-    def close(self) -> None:
-        """The last line."""
-        self._print()
-
-    def _print(self) -> None:
-        self.printed = time.monotonic()
-        seconds = max(self.printed - self.began, 1e-9)
-        speed = self.done / seconds
-        of, eta = "", ""
-        if self.total:
-            of = f" of {self.total / 1e9:.2f}"
-            eta = f", {(self.total - self.done) / max(speed, 1):.0f} s left" if self.done < self.total else ""
-        print(f"{self.title}: {self.done / 1e9:.2f}{of} GB, {speed / 1e9:.2f} GB/s{eta}", file=sys.stderr, flush=True)

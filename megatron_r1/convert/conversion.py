@@ -16,12 +16,12 @@ from megatron_r1.config.errors import UserError
 from megatron_r1.convert import hf_config, origin, torch_dist
 from megatron_r1.convert.correspondence import SCALE, Correspondence
 from megatron_r1.convert.exporting import DTYPES, HfPlan, Scales, cast_plan, export_plan
-from megatron_r1.convert.hf_files import INDEX, SINGLE, index_json, read_hf
+from megatron_r1.convert.hf_files import INDEX, SINGLE, index_json, is_hf, read_hf
 from megatron_r1.convert.importing import SCALES_FILE, import_plan
 from megatron_r1.convert.names import Spec
 from megatron_r1.convert.origin import Origin
 from megatron_r1.convert.plan import FP8, HfSource, MegatronSource, Plan
-from megatron_r1.convert.source import read_megatron
+from megatron_r1.convert.source import is_megatron, read_megatron
 from megatron_r1.model.presets import load_architecture
 
 SHARD_BYTES = 5 * 10**9
@@ -132,12 +132,18 @@ def cast_conversion(
 
 def open_hf(folder: Path, *, predictions: bool = True) -> HfSource:
     """A Hugging Face checkpoint with its table. Raises UserError for what is damaged or does not fit."""
+    if is_megatron(folder) and not is_hf(folder):
+        raise UserError(f"{folder} is a Megatron checkpoint, not a Hugging Face folder; `convert export` reads it")
     table = Correspondence(load_architecture(folder), predictions=predictions)
     return HfSource(read_hf(folder), table)
 
 
 def open_megatron(folder: Path, like: Path | None, *, predictions: bool = True) -> tuple[MegatronSource, Origin]:
     """A Megatron checkpoint, torch_dist or legacy, with its table and its origin. Raises UserError as above."""
+    if is_hf(folder):
+        raise UserError(
+            f"{folder} is a Hugging Face folder, not a Megatron checkpoint; `convert cast` changes its dtype"
+        )
     checkpoint = torch_dist.checkpoint_folder(folder)
     kept = checkpoint / origin.KEPT
     if like is None and not (kept / hf_config.CONFIG).is_file():

@@ -113,14 +113,17 @@ class Correspondence:
         """Whether a checkpoint may leave this tensor out: it is a copy."""
         return name in self.copies
 
+    def of_prediction(self, name: str) -> bool:
+        """Whether a tensor, by either name, is of a multi-token-prediction layer, also where they are left out."""
+        layers = self._prediction_layers(self.dims["predictions"])
+        return name.startswith(("mtp.", *(f"model.layers.{layer}." for layer in layers)))
+
     def drop_reason(self, name: str) -> str | None:
         """Why a Hugging Face tensor that is not of this model is not needed; None: there is no reason."""
         if name == "lm_head.weight" and not self.dims["untied"]:
             return "tied to the embedding"
-        if not self.predictions:
-            for layer in self._prediction_layers(self.dims["predictions"]):
-                if name.startswith(f"model.layers.{layer}."):
-                    return "multi-token prediction is left out"
+        if not self.predictions and self.of_prediction(name):
+            return "multi-token prediction is left out"
         return next((why for pattern, why in self._dropped if pattern.fullmatch(name)), None)
 
     def _outer(self, name: str) -> str:

@@ -102,7 +102,7 @@ def read_aux(folder: Path) -> tuple[dict[str, bytes], list[str]]:
             files[file.relative_to(folder).as_posix()] = file.read_bytes()
     if any(_matches(Path(name), _TOKENIZER) for name in files):
         return files, []
-    return files, [f"{folder} has no tokenizer ({', '.join(_TOKENIZER)}): name a folder that has one with --tokenizer"]
+    return files, [f"{folder} has no tokenizer ({', '.join(_TOKENIZER)}): an export can take one from --tokenizer"]
 
 
 def _matches(path: Path, patterns: tuple[str, ...]) -> bool:

@@ -46,7 +46,7 @@ class Inventory:
         }
 
     def groups(self) -> list[tuple[str, int, str, tuple[int, ...], int]]:
-        """(name with `*` for numbers, how many, dtype, shape, bytes), tensors that differ in numbers only in one row."""
+        """(name with `*` for numbers, how many, dtype, shape, bytes): one row for all that differ in numbers only."""
         found: dict[tuple[str, str, tuple[int, ...]], list[int]] = {}
         for tensor in self.tensors.values():
             key = re.sub(r"\b\d+\b", "*", tensor.name), tensor.dtype, tensor.shape

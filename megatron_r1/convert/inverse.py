@@ -247,7 +247,7 @@ class _Comparer:
 
     def _tally(self, due: memoryview, file: str, at: int, dtype: str, result: Difference) -> None:
         found = self.buffer.take(len(due))
-        self.maker.reader.read(file, at, memoryview(found))
+        self.maker.reader.read(file, at, found.data)
         self.progress(len(due))
         expected = np.frombuffer(due, np.uint8)
         wide = np.uint64 if len(due) % 8 == 0 else np.uint8

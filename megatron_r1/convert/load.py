@@ -61,6 +61,10 @@ def _fill(leaf: ShardedTensor, source: HfSource | MegatronSource, maker: Maker) 
     matrix = data.view(data.shape[0], -1)
     first = offset[0] + (parsed.half or 0) * entry.rows[0]
     rows = range(first, max(first, min(first + data.shape[0], entry.shape[0])))  # the vocabulary may be padded
+    if len(rows) < len(data) and not entry.rule.vocabulary:
+        raise UserError(
+            f"{leaf.key}: the model has rows {first} to {first + len(data)} where the architecture has {entry.shape[0]}"
+        )
     cols = range(offset[1], offset[1] + data.shape[1]) if data.dim() > 1 else range(1)
     target = Target(leaf.key, _DTYPES[data.dtype], (len(rows), len(cols)), source.megatron_box(entry, rows, cols))
     check_coverage(target)

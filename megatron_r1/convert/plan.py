@@ -231,7 +231,7 @@ class HfSource(Source):
                 self.dropped[name] = why
         where = f"{archive.folder}"
         no_scale = [n for n in table.hf_names if n in tensors and tensors[n].dtype == FP8 and n + SCALE not in tensors]
-        _refuse(where, missing=missing, extra=extra, family=table.family.name, predictions=table.predictions)
+        _refuse(where, table, missing, extra)
         if no_scale:
             raise UserError(
                 f"{where}: {_some(no_scale)} are FP8 without their `*{SCALE}`; the checkpoint is incomplete"
@@ -303,7 +303,7 @@ class MegatronSource(Source):
         if any(name.startswith("scalar_head.") for name in archive.tensors):
             raise UserError(f"{where} holds a reward model: it has a scalar head where a language model has its output")
         missing = [name for name in table.entries if name not in self.places]
-        _refuse(where, missing=missing, extra=extra, family=table.family.name, predictions=table.predictions)
+        _refuse(where, table, missing, extra)
         twice = [name for name, found in self.places.items() if len(found) > 1 and found[0].half is None]
         if twice:
             raise UserError(f"{where}: {_some(twice)} are there more than once, under several spellings")
@@ -382,7 +382,7 @@ def check_used(source: HfSource | MegatronSource) -> None:
             raise UserError(f"{source.archive.folder}: {source.used[name]} of {due} elements of {name} are used")
 
 
-def _refuse(where: str, *, missing: Sequence[str], extra: Sequence[str], family: str, predictions: int) -> None:
+def _refuse(where: str, table: Correspondence, missing: Sequence[str], extra: Sequence[str]) -> None:
     if not missing and not extra:
         return
     lines = []
@@ -390,16 +390,13 @@ def _refuse(where: str, *, missing: Sequence[str], extra: Sequence[str], family:
         lines.append(f"{len(missing)} tensors are missing: {_some(missing)}")
     if extra:
         lines.append(f"{len(extra)} tensors are not of this model: {_some(extra)}")
-    of_prediction = [n for n in missing if n.startswith("mtp.")] or (predictions and _in_last_layers(missing))
     cure = "Is config.json the one of these weights?"
-    if missing and of_prediction:
-        cure = "The multi-token-prediction layer is not in this checkpoint: convert without it (--no-mtp; model.mtp = false in a recipe)"
-    raise UserError(f"{where} does not fit the {family} architecture: {'; '.join(lines)}. {cure}")
-
-
-def _in_last_layers(missing: Sequence[str]) -> bool:
-    """Whether all missing Hugging Face names are of one layer, as those of a dropped prediction layer are."""
-    return len({".".join(name.split(".")[:3]) for name in missing}) == 1 and missing[0].startswith("model.layers.")
+    if missing and all(table.of_prediction(name) for name in missing):
+        cure = (
+            "The multi-token-prediction layer is not in this checkpoint: convert without it (--no-mtp; model.mtp = "
+            "false in a recipe)"
+        )
+    raise UserError(f"{where} does not fit the {table.family.name} architecture: {'; '.join(lines)}. {cure}")
 
 
 def _refuse_shapes(where: str, shapes: Mapping[str, tuple[tuple[int, ...], tuple[int, ...]]]) -> None:

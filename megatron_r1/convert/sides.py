@@ -34,6 +34,11 @@ class Side:
 
 
 def open_both(target: Path, source: Path | None, like: Path | None, predictions: bool) -> tuple[Side, Side | None]:
+    """Both folders, opened; of one that cannot be read, why.
+
+    A Megatron checkpoint's architecture is that of `like`, else what an import kept in it, else the other folder's.
+    Raises UserError for a folder that is not there, and where nothing says which architecture it has.
+    """
     folders = [folder for folder in (target, source) if folder is not None]
     kinds = [_kind(folder) for folder in folders]
     sides = [

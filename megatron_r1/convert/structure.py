@@ -87,7 +87,7 @@ def quiet_transformers() -> Iterator[None]:
 
 
 def _experts_apart(name: str, shape: tuple[int, ...]) -> Iterator[tuple[str, tuple[int, ...]]]:
-    """Routed experts, which transformers 5 has as gate_up_proj [E, 2F, H] and down_proj [E, H, F], as files have them."""
+    """Routed experts as files have them; transformers 5 has gate_up_proj [E, 2F, H] and down_proj [E, H, F]."""
     stem, _, kind = name.rpartition("mlp.experts.")
     if not name.endswith((_GATE_UP, _DOWN)):
         yield name, shape

@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 from collections import Counter
 from collections.abc import Callable
-from math import prod
+from math import isfinite, prod
 from pathlib import Path
 from typing import Any, Literal
 
@@ -311,5 +311,6 @@ def _logits_check(name: str, found: Logits) -> Check:
         f"the largest difference in {found.tokens} random tokens is {found.largest:.2e} ({found.bound:.1e} is allowed, "
         f"the largest logit is {found.magnitude:.3g})"
     )
-    numbers = {"largest": found.largest, "allowed": found.bound, "tokens": found.tokens}
+    largest = found.largest if isfinite(found.largest) else None
+    numbers = {"largest": largest, "allowed": found.bound, "tokens": found.tokens}
     return Check(name, "ok" if found.ok else "failed", summary, notes=notes, numbers=numbers)

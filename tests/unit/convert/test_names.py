@@ -14,7 +14,11 @@ KEYS: dict[str, tuple[str, int, int | None]] = {
     "output_layer.weight": ("output_layer.weight", 0, None),
     "decoder.final_layernorm.weight": ("decoder.final_layernorm.weight", 0, None),
     # Homogeneous layers are stacked, others carry their number.
-    "decoder.layers.self_attention.linear_proj.weight": ("decoder.layers.{}.self_attention.linear_proj.weight", 1, None),
+    "decoder.layers.self_attention.linear_proj.weight": (
+        "decoder.layers.{}.self_attention.linear_proj.weight",
+        1,
+        None,
+    ),
     "decoder.layers.7.self_attention.linear_proj.weight": (f"{LAYER}self_attention.linear_proj.weight", 0, None),
     # Transformer Engine's fused norms.
     f"{LAYER}self_attention.linear_qkv.layer_norm_weight": (f"{LAYER}input_layernorm.weight", 0, None),
@@ -29,7 +33,11 @@ KEYS: dict[str, tuple[str, int, int | None]] = {
     f"{LAYER}self_attention.q_layernorm.weight": (f"{LAYER}self_attention.q_layernorm.weight", 0, None),
     # Experts: stacked, one by one, as modules' own names have them.
     f"{LAYER}mlp.experts.experts.linear_fc1.weight": (f"{LAYER}mlp.experts.{{}}.linear_fc1.weight", 1, None),
-    "decoder.layers.mlp.experts.experts.linear_fc2.weight": ("decoder.layers.{}.mlp.experts.{}.linear_fc2.weight", 2, None),
+    "decoder.layers.mlp.experts.experts.linear_fc2.weight": (
+        "decoder.layers.{}.mlp.experts.{}.linear_fc2.weight",
+        2,
+        None,
+    ),
     f"{LAYER}mlp.experts.experts.12.linear_fc2.weight": (f"{LAYER}mlp.experts.12.linear_fc2.weight", 0, None),
     f"{LAYER}mlp.experts.local_experts.12.linear_fc1.weight": (f"{LAYER}mlp.experts.12.linear_fc1.weight", 0, None),
     "decoder.layers.mlp.experts.local_experts.12.linear_fc1.weight": (
