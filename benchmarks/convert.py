@@ -11,9 +11,9 @@ that copies the files that the job wrote (shutil.copyfile). Both sides bring the
 Inputs are in the page cache when they fit.
 
 Jobs and copies run in turn, --rounds times for the first size, half as often for the others; the smallest processor
-time (user + system) of each counts. `net` is without the time of a process that only imports the same modules.
-Peak memory is VmHWM of the process, all that it has resident; its bound is that of the process that only imports, plus
-64 MiB, plus three times the FP8 bytes of the largest tensor that is transformed.
+time (user + system) of each counts. `net` is without imports: a process takes the time before and after. Peak memory is
+VmHWM of the process, all that it has resident; beyond what the imports took it should be at most 64 MiB plus three
+times the FP8 bytes of the largest tensor that is transformed.
 
 Then, once: the kernels against the loop over blocks (fp8_kernels.py), and planning DeepSeek-V3 in full: `convert
 inspect`, and the hashes of its plans, which --resume compares. Prints tables, then one JSON object on the last line.
@@ -24,7 +24,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import shutil
 import subprocess
 import sys
 import tempfile
@@ -51,40 +50,56 @@ JOBS: dict[str, tuple[str, ...]] = {  # what follows `megatron-r1 convert`, run 
     "export": ("export", "megatron", "bf16-again"),
 }
 GOALS = {"cast to bf16": 0.35, "import": 0.35, "export": 0.6}  # of the copy, per processor second, net
-# Each process ends by telling its peak memory; its processor time is asked for from outside.
-REPORT = "print('VmHWM', open('/proc/self/status').read().split('VmHWM:')[1].split()[0])"
-CONVERT = f"import sys; from megatron_r1.cli import main; status = main(sys.argv[1:]); {REPORT}; sys.exit(status)"
-IMPORT = f"""
-import megatron_r1.cli, megatron_r1.convert.conversion, megatron_r1.convert.write
-import megatron_r1.observe.progress, torch.distributed.checkpoint.filesystem
-{REPORT}"""
-COPY = f"""
-import os, shutil, sys
+# What a process does before the clock starts, `import ...`, and what it then does; the import job pickles with torch.
+CONVERT = (
+    "from megatron_r1.cli import main; import megatron_r1.convert.conversion, megatron_r1.convert.write, "
+    "megatron_r1.observe.progress, megatron_r1.convert.inspecting, megatron_r1.convert.plan_text",
+    "status = main(sys.argv[1:])",
+)
+IMPORT = (f"{CONVERT[0]}; import torch.distributed.checkpoint.filesystem", CONVERT[1])
+COPY = (
+    "import os, shutil",
+    """
+status = 0
 for root, _, names in os.walk(sys.argv[1]):
     folder = os.path.join(sys.argv[2], os.path.relpath(root, sys.argv[1]))
     os.makedirs(folder, exist_ok=True)
     for name in names:
         shutil.copyfile(os.path.join(root, name), os.path.join(folder, name))
         with open(os.path.join(folder, name), "rb") as file:
-            os.fsync(file.fileno())
-{REPORT}"""
-IMPORT_COPY = f"import os, shutil, sys\n{REPORT}"
-HASH = f"""
-import json, time
+            os.fsync(file.fileno())""",
+)
+HASH = (
+    "import megatron_r1.convert.write",
+    f"""
 from pathlib import Path
 from megatron_r1.convert.correspondence import Correspondence
 from megatron_r1.convert.importing import import_plan
 from megatron_r1.convert.inspecting import planned_hf
 from megatron_r1.convert.plan import HfSource
-from megatron_r1.convert.write import plan_hash
 from megatron_r1.model.presets import load_architecture
 table = Correspondence(load_architecture(Path({str(PRESET)!r})))
 plan = import_plan(HfSource(planned_hf(table, "fp8"), table), spec="te", dtype=None, file_bytes=5 * 10**9).plan
-began = time.process_time()
+before = measured()
 for file in plan.files:
-    plan_hash(file, lambda source: "as it is")
-print(json.dumps({{"hash_seconds": time.process_time() - began}}))
-{REPORT}"""
+    megatron_r1.convert.write.plan_hash(file, lambda source: "as it is")
+status = 0""",
+)
+CHILD = """
+import json, resource, shutil, sys
+def measured():
+    spent = resource.getrusage(resource.RUSAGE_SELF)
+    peak = open("/proc/self/status").read().split("VmHWM:")[1].split()[0]
+    return spent.ru_utime + spent.ru_stime, int(peak) / 1024
+{}
+# Just before the clock starts, on both sides: seconds later the host of a virtual machine has taken free memory back.
+shutil.rmtree({!r}, ignore_errors=True)
+before = measured()
+{}
+after = measured()
+print(json.dumps({{"net": after[0] - before[0], "floor_mib": before[1], "peak_mib": after[1]}}))
+sys.exit(status)
+"""
 Measured = dict[str, float]
 
 
@@ -124,32 +139,31 @@ def one_size(folder: Path, gigabytes: float, rounds: int) -> dict[str, Any]:
     largest = build(folder / "fp8", gigabytes)
     found: dict[str, list[Measured]] = {}
 
-    def take(side: str, code: str, *arguments: str) -> None:
-        found.setdefault(side, []).append(in_child(code, arguments, folder))
+    def take(side: str, target: str, code: tuple[str, str], *arguments: str) -> None:
+        found.setdefault(side, []).append(in_child(code, arguments, folder, target))
 
     for _ in range(rounds):
-        take("imports", IMPORT)
-        take("copy's imports", IMPORT_COPY)
         for job, words in JOBS.items():
-            shutil.rmtree(folder / words[2], ignore_errors=True)
-            take(job, CONVERT, "convert", *words)
-            shutil.rmtree(folder / "copy", ignore_errors=True)
-            take(f"copy of {job}", COPY, words[2], "copy")
-    best = {side: {name: min(run[name] for run in runs) for name in runs[0]} for side, runs in found.items()}
-    bound = best["imports"]["peak_mib"] + 64 + 3 * largest / 2**20
+            take(job, words[2], IMPORT if job == "import" else CONVERT, "convert", *words)
+            take(f"copy of {job}", "copy", COPY, words[2], "copy")
     jobs = {}
     for job, words in JOBS.items():
-        written = sum(file.stat().st_size for file in (folder / words[2]).rglob("*") if file.is_file())
-        ours, copy = best[job], best[f"copy of {job}"]
-        net, copy_net = ours["cpu"] - best["imports"]["cpu"], copy["cpu"] - best["copy's imports"]["cpu"]
+        written = sum(file.stat().st_size for file in (folder / words[2]).rglob("*") if file.is_file()) / 1e9
+        runs = found[job]
+        ours, copy = (
+            {name: min(run[name] for run in found[side]) for name in ("net", "cpu", "wall")}
+            for side in (job, f"copy of {job}")
+        )
         jobs[job] = {
-            **{"net_ratio": copy_net / net, "whole_ratio": copy["cpu"] / ours["cpu"]},
-            **{"wall_ratio": copy["wall"] / ours["wall"], "gb_written": written / 1e9},
-            **{"net_gb_per_cpu_second": written / 1e9 / net, "copy_gb_per_cpu_second": written / 1e9 / copy_net},
-            "peak_mib": max(run["peak_mib"] for run in found[job]),
-            "bound_mib": bound,
+            **{f"{name}_ratio": copy[name] / ours[name] for name in ours},
+            **{f"{name}_seconds": ours[name] for name in ours},
+            **{f"copy_{name}_seconds": copy[name] for name in ours},
+            **{"gb_written": written, "floor_mib": min(run["floor_mib"] for run in runs)},
+            "peak_mib": max(run["peak_mib"] for run in runs),
+            "extra_mib": max(run["peak_mib"] - run["floor_mib"] for run in runs),
+            "bound_mib": 64 + 3 * largest / 2**20,
         }
-    return {"jobs": jobs, "best": best, "rounds": rounds, "largest_mib": largest / 2**20}
+    return {"jobs": jobs, "rounds": rounds, "largest_mib": largest / 2**20, "all": found}
 
 
 def build(folder: Path, gigabytes: float) -> int:
@@ -194,20 +208,22 @@ def random_blocks(draw: np.random.Generator) -> dict[str, memoryview]:
     return {dtype: memoryview(block.view(np.uint8)) for dtype, block in made.items()}
 
 
-def in_child(code: str, arguments: Sequence[str] = (), folder: Path = ROOT) -> dict[str, Any]:
-    """Processor and wall seconds, peak memory and JSON output of a fresh Python process."""
+def in_child(code: tuple[str, str], arguments: Sequence[str] = (), folder: Path = ROOT, target: str = "") -> Measured:
+    """What a fresh process measures of itself, and its processor and wall seconds from start to end."""
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     began, before = time.perf_counter(), os.times()
     done = subprocess.run(
-        [sys.executable, "-c", code, *arguments], cwd=folder, env=environment, capture_output=True, text=True
+        [sys.executable, "-c", CHILD.format(code[0], target, code[1]), *arguments],
+        cwd=folder,
+        env=environment,
+        capture_output=True,
+        text=True,
     )
     wall, after = time.perf_counter() - began, os.times()
     if done.returncode:
-        raise RuntimeError(f"{' '.join(arguments)} ended with {done.returncode}:\n{done.stderr}")
-    *lines, last = done.stdout.splitlines()
+        raise RuntimeError(f"{' '.join(arguments)} ended with {done.returncode}:\n{done.stdout}{done.stderr}")
     spent = after.children_user + after.children_system - before.children_user - before.children_system
-    told = json.loads(lines[-1]) if lines and lines[-1].startswith("{") else {}
-    return {**told, "cpu": spent, "wall": wall, "peak_mib": int(last.split()[1]) / 1024}
+    return {**json.loads(done.stdout.splitlines()[-1]), "cpu": spent, "wall": wall}
 
 
 def kernel_ratios(rounds: int) -> dict[str, float]:
@@ -229,7 +245,7 @@ def planning() -> dict[str, float]:
     hashed = in_child(HASH)
     return {
         **{"seconds": run["wall"], "cpu": run["cpu"], "peak_mib": run["peak_mib"]},
-        **{"hash_seconds": hashed["hash_seconds"], "hash_peak_mib": hashed["peak_mib"]},
+        **{"hash_seconds": hashed["net"], "hash_peak_mib": hashed["peak_mib"]},
     }
 
 
@@ -240,20 +256,18 @@ def load() -> str:
 
 def table(gigabytes: float, size: Mapping[str, Any]) -> str:
     """A Markdown table, one row a job."""
-    best = size["best"]
     lines = [
-        f"{gigabytes:g} GB, {size['rounds']} rounds; imports {best['imports']['cpu']:.2f} CPU s, "
-        f"{best['imports']['peak_mib']:.0f} MiB; largest transformed tensor {size['largest_mib']:.0f} MiB",
-        "| job | GB written | GB / CPU s net | copy's | of copy net (goal) | of copy whole | of copy, wall | MiB (bound) |",
+        f"{gigabytes:g} GB in BF16, {size['rounds']} rounds, largest transformed tensor {size['largest_mib']:.0f} MiB",
+        "| job | GB written | CPU s net | copy's | net, copy/job (goal) | whole | wall | MiB over imports (bound) |",
         "|---" * 8 + "|",
     ]
     for job, row in size["jobs"].items():
         goal = f" ({GOALS[job]})" if job in GOALS else ""
         cells = [
-            *(f"{row[name]:.2f}" for name in ("gb_written", "net_gb_per_cpu_second", "copy_gb_per_cpu_second")),
+            *(f"{row[name]:.2f}" for name in ("gb_written", "net_seconds", "copy_net_seconds")),
             f"{row['net_ratio']:.2f}{goal}",
-            *(f"{row[name]:.2f}" for name in ("whole_ratio", "wall_ratio")),
-            f"{row['peak_mib']:.0f} ({row['bound_mib']:.0f})",
+            *(f"{row[name]:.2f}" for name in ("cpu_ratio", "wall_ratio")),
+            f"{row['extra_mib']:.0f} over {row['floor_mib']:.0f} ({row['bound_mib']:.0f})",
         ]
         lines.append(f"| {job} | {' | '.join(cells)} |")
     return "\n".join(lines)

@@ -10,12 +10,14 @@ from __future__ import annotations
 import os
 from collections import OrderedDict
 from collections.abc import Iterator
+from pathlib import Path
 
 import numpy as np
 import torch
 
 from megatron_r1.config.errors import UserError
 from megatron_r1.convert import fp8
+from megatron_r1.convert.manifest import disk_errors
 from megatron_r1.convert.plan import BLOCK, Piece, Target
 from megatron_r1.convert.storage import ITEMSIZE, TORCH_NAMES, Stored
 
@@ -31,13 +33,17 @@ class Reader:
         self._open: OrderedDict[str, int] = OrderedDict()
 
     def read(self, file: str, start: int, into: memoryview) -> None:
-        """Fill `into` from byte `start` on. Raises UserError where the file ends before."""
-        handle = self._handle(file)
-        while len(into):
-            count = os.preadv(handle, [into], start)
-            if count == 0:
-                raise UserError(f"{file} ends at byte {start}, before a tensor in it does: it is truncated; copy it again")
-            into, start = into[count:], start + count
+        """Fill `into` from byte `start` on. Raises UserError where the file ends before, and as `disk_errors`."""
+        try:
+            handle = self._handle(file)
+            while len(into):
+                count = os.preadv(handle, [into], start)
+                if count == 0:
+                    raise UserError(f"{file} ends at byte {start}, within a tensor: it is truncated; copy it again")
+                into, start = into[count:], start + count
+        except OSError as error:
+            with disk_errors(Path(file)):
+                raise error
 
     def close(self) -> None:
         """Close all files."""
@@ -49,10 +55,7 @@ class Reader:
         if handle is None:
             if len(self._open) >= _OPEN_FILES:
                 os.close(self._open.popitem(last=False)[1])
-            try:
-                handle = self._open[file] = os.open(file, os.O_RDONLY | os.O_CLOEXEC)
-            except OSError as error:
-                raise UserError(f"{file} cannot be read: {error.strerror}") from error
+            handle = self._open[file] = os.open(file, os.O_RDONLY | os.O_CLOEXEC)
         self._open.move_to_end(file)
         return handle
 
@@ -91,7 +94,7 @@ class Maker:
                 yield _bytes(self.rows(target, first, last, target.dtype))
 
     def rows(self, target: Target, first: int, last: int, dtype: str, into: torch.Tensor | None = None) -> torch.Tensor:
-        """[last - first, columns] of a target in this dtype, in a buffer that the next call uses again, or in `into`."""
+        """[last - first, columns] of a target in this dtype, in `into` or a buffer that the next call uses again."""
         if into is None:
             item = ITEMSIZE[dtype]
             flat = self._band.take((last - first) * target.cols * item)
@@ -108,14 +111,18 @@ class Maker:
         self.reader.close()
 
     def _copied(self, target: Target) -> Iterator[memoryview]:
-        size = ITEMSIZE[target.dtype]
+        band, filled = self._band.take(min(BAND, target.bytes)).data, 0
         for piece in target.pieces:
-            done, total = 0, piece.rows * piece.cols * size
-            while done < total:
-                view = memoryview(self._band.take(min(BAND, total - done)))
-                self.reader.read(piece.file, piece.start + done, view)
-                yield view
-                done += len(view)
+            at, end = piece.start, piece.start + piece.bytes
+            while at < end:
+                view = band[filled : filled + end - at]
+                self.reader.read(piece.file, at, view)
+                at, filled = at + len(view), filled + len(view)
+                if filled == len(band):
+                    yield band
+                    filled = 0
+        if filled:
+            yield band[:filled]
 
     def _quantised(self, target: Target) -> Iterator[memoryview]:
         rule, source = target.quantise, target.pieces[0].dtype
@@ -146,14 +153,20 @@ class Maker:
         """float32 [ceil(rows / 128), ceil(columns / 128)] of a scale tensor; the last one is kept."""
         if self._scale_of[0] is not stored:
             raw = np.empty(stored.bytes, np.uint8)
-            self.reader.read(stored.chunks[0].file, stored.chunks[0].start, memoryview(raw))
+            self.reader.read(stored.chunks[0].file, stored.chunks[0].start, raw.data)
             self._scale_of = stored, fp8.decode_scales(raw, stored.dtype, stored.shape)
         return self._scale_of[1]
 
     def _fill(self, piece: Piece, row: int, box: torch.Tensor, dtype: str, name: str) -> None:
         """Rows of a piece, from its row `row` on, into a box of the target."""
         count = box.shape[0]
-        if piece.scale is None and piece.dtype == dtype and box.is_contiguous() and box.device.type == "cpu" and _whole_rows(piece, piece.cols):
+        if (
+            piece.scale is None
+            and piece.dtype == dtype
+            and box.is_contiguous()
+            and box.device.type == "cpu"
+            and _whole_rows(piece, piece.cols)
+        ):
             self.reader.read(piece.file, piece.start + row * piece.stride, _bytes(box))
             return
         raw = self._read_rows(piece, row, count)
@@ -180,12 +193,12 @@ class Maker:
             # Rows and what lies between them, except behind the last, where the file may end.
             size = (count - 1) * piece.stride + width
             raw = self._raw.take(count * piece.stride)
-            self.reader.read(piece.file, start, memoryview(raw[:size]))
+            self.reader.read(piece.file, start, raw[:size].data)
             rows = raw.reshape(count, piece.stride)[:, :width]
         else:
             rows = self._raw.take(count * width).reshape(count, width)
             for i in range(count):
-                self.reader.read(piece.file, start + i * piece.stride, memoryview(rows[i]))
+                self.reader.read(piece.file, start + i * piece.stride, rows[i].data)
         return torch.from_numpy(rows).view(getattr(torch, TORCH_NAMES[piece.dtype]))
 
 
@@ -218,4 +231,4 @@ def _tensor(flat: np.ndarray, dtype: str, shape: tuple[int, ...]) -> torch.Tenso
 
 def _bytes(tensor: torch.Tensor) -> memoryview:
     """The bytes of a contiguous tensor."""
-    return memoryview(tensor.view(torch.uint8).view(-1).numpy())
+    return tensor.view(torch.uint8).view(-1).numpy().data

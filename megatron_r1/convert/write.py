@@ -15,6 +15,7 @@ from typing import Any
 import torch
 import xxhash
 
+from megatron_r1 import __version__
 from megatron_r1.config.errors import UserError
 from megatron_r1.convert.execute import BAND, Maker
 from megatron_r1.convert.journal import Journal
@@ -29,6 +30,9 @@ from megatron_r1.convert.manifest import (
 from megatron_r1.convert.plan import OutputFile, Part, Plan, Target
 from megatron_r1.convert.storage import Stored
 
+WRITE = 512 << 10
+"""Most bytes of a write, and where they begin: the page cache takes larger ones in larger units, whose memory a virtual
+machine may first have to get back from its host, at up to ten times the processor time."""
 Progress = Callable[[int], None]
 """Called with bytes that are done, from any thread."""
 
@@ -141,8 +145,8 @@ def _views(part: Part, maker: Maker) -> Iterator[bytes | memoryview]:
 
 
 def plan_hash(file: OutputFile, state: Callable[[str], str]) -> str:
-    """What a file will hold: its plan, and the state (size, time) of every file that it is made from."""
-    digest = hashlib.blake2b(digest_size=16)
+    """What a file will hold: who makes it, its plan, and the state (size, time) of every file that it is made from."""
+    digest = hashlib.blake2b(__version__.encode(), digest_size=16)
     sources: set[str] = set()
     for part in file.parts:
         digest.update(repr((part.at, part.scale_at, part.only_scales)).encode())
@@ -185,7 +189,7 @@ def _write(handle: int, data: bytes | memoryview, at: int) -> int:
     """Write all of it and return the place behind it."""
     view = memoryview(data)
     while len(view):
-        count = os.pwrite(handle, view, at)
+        count = os.pwrite(handle, view[: WRITE - at % WRITE], at)
         view, at = view[count:], at + count
     return at
 

@@ -57,11 +57,11 @@ def samples(vocab: int) -> list[Sample]:
     return [Sample(token_ids=[draw.randrange(vocab) for _ in range(n)], prompt_length=1) for n in lengths]
 
 
-def prove(world: World, folders: Folders, precision: Precision, legacy: bool) -> Proof:
+def prove(world: World, folders: Folders, precision: Precision, megatron: dict[str, Any], legacy: bool) -> Proof:
     """Load the Hugging Face folder and its imports through the start of a stage, and the import once more through
     Megatron's own strict load; then save a training checkpoint, and Megatron-LM's older format if `legacy`.
     """
-    model = ModelConfig(config=folders.hf, precision=precision)
+    model = ModelConfig(config=folders.hf, precision=precision, megatron=megatron)
     arch = architecture(model, 0)
     trainer = Trainer(arch, model, world, OptimizerConfig(lr=1e-3), steps=1)
     found: dict[str, Held] = {}
@@ -99,10 +99,10 @@ def _held(trainer: Trainer) -> Held:
 def _tensors(trainer: Trainer) -> Held:
     """Parameters and the router's biases of all chunks of this rank; its counters start at 0 and are not saved."""
     return {
-        f"{i}.{name}": value
+        f"{i}.{name}": value.data
         for i, model in enumerate(trainer.models)
-        for name, value in (*model.named_parameters(), *model.named_buffers())
-        if not name.endswith("local_tokens_per_expert")
+        for name, value in model.state_dict(keep_vars=True).items()
+        if isinstance(value, torch.Tensor) and not name.endswith("local_tokens_per_expert")
     }
 
 

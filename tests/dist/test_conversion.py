@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -43,6 +42,12 @@ class Case:
     family: str
     layout: ParallelConfig
     precision: Precision = "fp32"
+    first_stage: int | None = None  # its layers, where stages differ
+
+    @property
+    def megatron(self) -> dict[str, Any]:
+        """`[model.megatron]`."""
+        return {} if self.first_stage is None else {"num_layers_in_first_pipeline_stage": self.first_stage}
 
     @property
     def legacy(self) -> bool:
@@ -52,7 +57,8 @@ class Case:
     def __str__(self) -> str:
         given = self.layout.model_dump(exclude_defaults=True)
         sizes = " x ".join(f"{name} {size}" for name, size in given.items() if name != "data") or "one process"
-        return f"{self.family}, {sizes}, {self.precision}"
+        stages = "" if self.first_stage is None else f", {self.first_stage} layers first"
+        return f"{self.family}, {sizes}{stages}, {self.precision}"
 
 
 # One of each kind of parallelism for every run of the tests; the rest of the cross product is the slow tier's.
@@ -70,6 +76,7 @@ SLOW = tuple(
         *(Case(family, layout) for layout in (ONE, TP2, PP2, VPP2, TP2_PP2)),
         *(Case(family, layout) for layout in (EP2, TP2_EP2, TP2_ETP2, PP2_EP2, TP2_EP4, VPP2_EP2) if family in EXPERTS),
         Case(family, TP2_PP2, "bf16"),
+        Case(family, PP2, first_stage=1),
     )
     if case not in QUICK
 )
@@ -106,7 +113,7 @@ def proofs(cases: Sequence[Case], models: Models) -> list[tuple[Case, Folders, l
     made = []
     for size in sorted({case.layout.world_size for case in cases}):
         chosen = [case for case in cases if case.layout.world_size == size]
-        each = [(models.folders(case), case.precision, case.legacy) for case in chosen]
+        each = [(models.folders(case), case.precision, case.megatron, case.legacy) for case in chosen]
         ranks = run_layouts(prove, [case.layout for case in chosen], each=each, timeout=600)
         made += [(case, where[0], found) for case, where, found in zip(chosen, each, ranks, strict=True)]
     return made
@@ -143,23 +150,26 @@ def assert_comes_back(case: Case, folders: Folders, scratch: Path) -> None:
 
 
 def assert_scores(case: Case, folders: Folders, ranks: list[Proof]) -> None:
-    """Log-probs of given tokens are those of transformers on the same folder."""
-    from transformers import AutoModelForCausalLM
+    """Log-probs of given tokens are those of transformers on the same folder, in float32.
 
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        theirs = AutoModelForCausalLM.from_pretrained(folders.hf, dtype=torch.float32).eval()
-    largest = 0.0
+    bf16: of the median token, since rounding sends some tokens to other experts.
+    """
+    from transformers import AutoModelForCausalLM
+    from transformers.utils import logging
+
+    logging.set_verbosity_error()  # it lists the prediction layers, which it does not know
+    theirs = AutoModelForCausalLM.from_pretrained(folders.hf, dtype=torch.float32).eval()
+    differences = []
     for i, sample in enumerate(samples(VOCAB)):
         tokens = torch.tensor([sample.token_ids])
         with torch.no_grad():
             logits = theirs(tokens).logits[0, :-1]
         expected = torch.log_softmax(logits, -1).gather(1, tokens[0, 1:, None])[:, 0]
         assert expected.std() > 0.1, "the log-probs say something"
-        for proof in ranks:
-            largest = max(largest, (torch.tensor(proof.log_probs[i]) - expected).abs().max().item())
-    bound = 1e-4 if case.precision == "fp32" else 0.1  # bf16 arithmetic against float32
-    assert largest <= bound, f"{case}: log-probs differ by up to {largest:.2e}"
+        differences += [(torch.tensor(proof.log_probs[i]) - expected).abs() for proof in ranks]
+    every = torch.cat(differences)
+    found, bound = (every.max(), 1e-4) if case.precision == "fp32" else (every.median(), 0.03)
+    assert found <= bound, f"{case}: log-probs differ by up to {every.max():.2e}, in the median by {every.median():.2e}"
 
 
 def test_every_way_of_loading_gives_the_same_model(quick: Any) -> None:

@@ -197,7 +197,7 @@ def test_what_cannot_be_converted_is_named(disk: Disk) -> None:
 def test_a_file_that_is_cut_or_gone_is_named(disk: Disk) -> None:
     file, start = disk.put(torch.ones(4, 6))
     target = Target("cut", "F32", (5, 6), (Piece(0, 0, 5, 6, file, start, 24, "F32"),))
-    with pytest.raises(UserError, match=rf"{file} ends at byte 99, before a tensor in it does"):
+    with pytest.raises(UserError, match=rf"{file} ends at byte 99"):
         streamed(target)
     gone = Target("gone", "F32", (1, 1), (Piece(0, 0, 1, 1, f"{disk.folder}/none", 0, 4, "F32"),))
     with pytest.raises(UserError, match=r"none cannot be read: No such file"):

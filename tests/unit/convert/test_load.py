@@ -166,7 +166,9 @@ def test_logits_are_those_of_transformers(family: str, world: World, sources: So
     which transformers ignores. DeepSeek-V3 with YaRN, routing in groups and a router bias that matters.
     """
     from transformers import AutoModelForCausalLM
+    from transformers.utils import logging
 
+    logging.set_verbosity_error()  # it lists the prediction layers, which it does not know
     source = sources(family, dtype=torch.float32)
     run(import_conversion(source), tmp_path / "m")
     ours: Any = fresh_model(source, world).eval()

@@ -336,7 +336,7 @@ def test_boxes_of_tensors_in_any_chunks(seed: int) -> None:
 def test_boxes_of_fused_projections_in_any_chunks(seed: int) -> None:
     """Query, key and value out of a stored qkv, and any box of qkv out of stored query, key and value."""
     draw = random.Random(seed)
-    sizes = {
+    sizes: dict[str, Any] = {
         "hidden_size": 6,
         "num_attention_heads": 4,
         "num_key_value_heads": 2,
