@@ -50,7 +50,7 @@ def import_plan(source: HfSource, *, spec: Spec, dtype: str | None, file_bytes: 
         key_shape = (*where.stack, *entry.shape)
         for rows in _chunks(entry):
             target = _chunk(source, entry, where, rows, dtype)
-            writer.add(target, key_shape, (*where.lead, rows.start, *((0,) if entry.width is not None else ())))
+            writer.add(target, key_shape)
     for key in naming.extra_states():
         writer.add_object(key)
     check_used(source)
@@ -74,9 +74,10 @@ def _chunks(entry: Entry) -> Iterator[range]:
 def _chunk(source: HfSource, entry: Entry, where: Spelling, rows: range, dtype: str | None) -> Target:
     pieces = source.megatron_box(entry, rows, range(entry.width or 1))
     found = pieces[0].dtype
+    at = (*where.lead, rows.start, *((0,) if entry.width is not None else ()))
     target_dtype = dtype or ("BF16" if found == FP8 else found)
     shape = (*(1 for _ in where.stack), len(rows), *((entry.width,) if entry.width is not None else ()))
-    target = Target(where.key, "F32" if entry.rule.fp32 else target_dtype, shape, pieces, axes=len(where.stack))
+    target = Target(where.key, "F32" if entry.rule.fp32 else target_dtype, shape, pieces, axes=len(where.stack), at=at)
     check_coverage(target)
     return target
 
@@ -140,7 +141,7 @@ class _Writer:
         self.tensors: dict[str, torch_dist.PlacedTensor] = {}
         self.objects: list[torch_dist.PlacedObject] = []
 
-    def add(self, target: Target, shape: tuple[int, ...], offsets: tuple[int, ...]) -> None:
+    def add(self, target: Target, shape: tuple[int, ...]) -> None:
         """A chunk of the tensor of this shape."""
         head, tail = torch_dist.frame(target.dtype, target.shape)
         length = len(head) + target.bytes + len(tail)
@@ -151,7 +152,7 @@ class _Writer:
             Part(start + len(head) + target.bytes, tail),
         ]
         placed = self.tensors.setdefault(target.name, torch_dist.PlacedTensor(target.name, target.dtype, shape, []))
-        placed.chunks.append(torch_dist.PlacedChunk(offsets, target.shape, file.name, start, length))
+        placed.chunks.append(torch_dist.PlacedChunk(target.at, target.shape, file.name, start, length))
 
     def add_object(self, key: str) -> None:
         """An empty `_extra_state`."""

@@ -71,6 +71,7 @@ class Target:
     pieces: tuple[Piece, ...]
     quantise: Quantise | None = None
     axes: int = 0  # leading ones of size 1, of a chunk of stacked tensors
+    at: tuple[int, ...] = ()  # where the chunk begins in its tensor; empty: it is the whole tensor
 
     @property
     def rows(self) -> int:

@@ -18,7 +18,8 @@ def plan_lines(conversion: Conversion, workers: int) -> Iterator[str]:
     for file in plan.files:
         yield f"{file.name}  {size_text(file.size)}"
         for target in file.targets:
-            yield f"  {target.name}  {target.dtype} {list(target.shape)}  {target.operation} <- {_sources(target)}"
+            place = f" at {list(target.at)}" if target.at else ""
+            yield f"  {target.name}{place}  {target.dtype} {list(target.shape)}  {target.operation} <- {_sources(target)}"
     for name in conversion.last:
         yield f"{name}  {size_text(len(conversion.last[name]))}"
     for name, why in sorted(plan.dropped.items()):
@@ -27,7 +28,8 @@ def plan_lines(conversion: Conversion, workers: int) -> Iterator[str]:
         yield f"compared: {second.name} must equal {first.name}"
     tensors = sum(1 for file in plan.files for _ in file.targets)
     done = ", ".join(f"{name} {size_text(size)}" for name, size in conversion.operations.most_common())
-    yield f"{tensors} tensors in {len(plan.files)} files, {size_text(plan.bytes)}: {done}"
+    what = "chunks" if conversion.kind == "import" else "tensors"
+    yield f"{tensors} {what} in {len(plan.files)} files, {size_text(plan.bytes)}: {done}"
     yield f"memory: buffers of about {size_text(conversion.peak_bytes(workers))} for {workers} worker(s), and this plan"
     yield from (f"note: {note}" for note in conversion.notes)
 
@@ -44,6 +46,7 @@ def plan_json(conversion: Conversion) -> dict[str, Any]:
                 "tensors": [
                     {
                         "name": target.name,
+                        "at": list(target.at),
                         "dtype": target.dtype,
                         "shape": list(target.shape),
                         "operation": target.operation,

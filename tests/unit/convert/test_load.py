@@ -228,11 +228,13 @@ def leaf(key: str, local: torch.Tensor, *offsets: tuple[int, int, int], axes: in
     return ShardedTensor.from_rank_offsets(key, local, *offsets, prepend_axis_num=axes)
 
 
-@pytest.mark.parametrize("kind", ["hf", "torch_dist"])
+@pytest.mark.parametrize("kind", ["hf", "fp8", "torch_dist"])
 @pytest.mark.parametrize("size", [1, 2, 4])
 def test_every_tensor_rank_gets_its_part(kind: str, size: int, sources: Sources, tmp_path: Path) -> None:
-    """Rows, columns, and a row of experts: slices of the slow reference, in a dtype of the parameter's own."""
-    source = sources("deepseek_v3")
+    """Rows, columns, and a row of experts: slices of the slow reference, in a dtype of the parameter's own. Of FP8
+    tensors they begin inside of blocks.
+    """
+    source = sources("deepseek_v3", fp8=kind == "fp8")
     expected, arch = reference(source), arch_of(source)
     folder = source
     if kind == "torch_dist":

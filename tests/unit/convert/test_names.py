@@ -262,10 +262,9 @@ def cut(axis: int, pieces: int) -> Edit:
     return edit
 
 
-FUSED = tuple((fused, plain) for fused, plain in ALIASES.items())
 SPELLINGS: dict[str, Edit] = {
-    "unfused norms": renamed(*FUSED),
-    **{f"fused norm {fused}": renamed((plain, fused)) for fused, plain in FUSED},
+    "unfused norms": renamed(*ALIASES.items()),
+    **{f"fused norm {fused}": renamed((plain, fused)) for fused, plain in ALIASES.items()},
     "layers one by one": unstack_layers,
     "singleton experts": unstack_experts("experts.experts.{}.*"),
     "local experts": unstack_experts("experts.local_experts.{}.*"),

@@ -75,6 +75,17 @@ def assert_same_files(found: Path, expected: Path) -> None:
     assert [name for name in one if one[name] != two[name]] == []
 
 
+def assert_index(folder: Path) -> None:
+    """It names every tensor with its file, and their size; a single file has none."""
+    files = {file.name: load_file(file) for file in folder.glob("*.safetensors")}
+    index = folder / "model.safetensors.index.json"
+    assert index.exists() == (list(files) != ["model.safetensors"])
+    if index.exists():
+        content = json.loads(index.read_text())
+        assert content["weight_map"] == {name: file for file, inside in files.items() for name in inside}
+        assert content["metadata"]["total_size"] == sum(t.nbytes for inside in files.values() for t in inside.values())
+
+
 def config(folder: Path) -> dict[str, Any]:
     return dict(json.loads((folder / "config.json").read_text()))
 
@@ -153,9 +164,7 @@ def test_without_the_origin_files_are_cut_by_size(sources: Sources, tmp_path: Pa
         held = load_file(file)
         assert len(held) == 1 or sum(tensor.nbytes for tensor in held.values()) <= 500_000
     assert_same_tensors(tensors(tmp_path / "hf"), tensors(source))
-    index = json.loads((tmp_path / "hf" / "model.safetensors.index.json").read_text())
-    assert index["weight_map"] == {name: file.name for file in found for name in load_file(file)}
-    assert index["metadata"]["total_size"] == sum(tensor.nbytes for tensor in tensors(source).values())
+    assert_index(tmp_path / "hf")
 
 
 @pytest.mark.parametrize("scales", [True, "ue8m0"])
@@ -187,6 +196,7 @@ def test_fp8_becomes_the_slow_reference_s_bf16(scales: Any, sources: Sources, tm
     back = there_and_back(source, tmp_path, dtype="bf16")
     assert_same_tensors(tensors(back), expected)
     for folder in (tmp_path / "cast", back):
+        assert_index(folder)
         assert "quantization_config" not in config(folder) and config(folder)["torch_dtype"] == "bfloat16"
 
 
@@ -280,6 +290,7 @@ def test_prediction_layers_left_out(sources: Sources, tmp_path: Path) -> None:
         run(export_conversion(tmp_path / name, predictions=False), tmp_path / f"{name}-hf")
         assert_same_tensors(tensors(tmp_path / f"{name}-hf"), expected)
         assert config(tmp_path / f"{name}-hf")["num_nextn_predict_layers"] == 0
+        assert_index(tmp_path / f"{name}-hf")
     # The result is a checkpoint of its own.
     assert_same_files(there_and_back(tmp_path / "with-hf", tmp_path / "again"), tmp_path / "with-hf")
     with pytest.raises(UserError, match="--no-mtp"):

@@ -1,0 +1,455 @@
+"""Whatever stops a conversion: files under their final names are whole, and --resume ends at the same bytes."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import shutil
+import signal
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import xxhash
+
+from megatron_r1.cli import main
+from megatron_r1.config.errors import UserError
+from megatron_r1.convert import write
+from megatron_r1.convert.conversion import Conversion, import_conversion, run
+from megatron_r1.convert.correspondence import Correspondence
+from megatron_r1.convert.inspecting import planned_hf
+from megatron_r1.convert.manifest import JOURNAL, MANIFEST, check_manifest
+from megatron_r1.convert.plan import OutputFile, Part, Piece, Quantise, Scale, Target
+from megatron_r1.convert.storage import Chunk, Stored
+from megatron_r1.convert.write import plan_hash, write_file
+from megatron_r1.model.block_fp8 import quantise
+from tests.reference.synthetic_hf import FAMILIES, write_shards, write_tokenizer
+
+CONFIG = {**FAMILIES["qwen2"], "vocab_size": 100, "torch_dtype": "bfloat16"}
+SHARD_GB = 0.0004  # six files of the import
+SHARD_BYTES = int(SHARD_GB * 1e9)
+
+
+def no_progress(_: int) -> None:
+    """For conversions that nobody watches."""
+
+
+@pytest.fixture(scope="module")
+def original(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A Hugging Face checkpoint of 2 MB in three files."""
+    folder = tmp_path_factory.mktemp("write") / "hf"
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps(CONFIG))
+    write_tokenizer(folder, 100)
+    archive = planned_hf(Correspondence(CONFIG), "bf16")
+    draw = torch.Generator().manual_seed(0)
+    tensors = {t.name: torch.randn(t.shape, generator=draw).bfloat16() for t in archive.tensors.values()}
+    write_shards(folder, tensors, 3)
+    return folder
+
+
+@pytest.fixture
+def source(original: Path, tmp_path: Path) -> Path:
+    """A copy that a test may change."""
+    return Path(shutil.copytree(original, tmp_path / "hf"))
+
+
+@pytest.fixture(scope="module")
+def whole(original: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
+    """What an import of `original` writes when nothing stops it."""
+    folder = tmp_path_factory.mktemp("whole") / "megatron"
+    run(converted(original), folder)
+    return content(folder)
+
+
+def converted(source: Path) -> Conversion:
+    """The import whose files the tests watch."""
+    return import_conversion(source, file_bytes=SHARD_BYTES)
+
+
+def command(source: Path, target: Path, *more: str) -> int:
+    """The same on the command line."""
+    return main(["convert", "import", str(source), str(target), "--shard-gb", str(SHARD_GB), *more])
+
+
+def content(folder: Path) -> dict[str, bytes]:
+    """Every file by relative name."""
+    return {f.relative_to(folder).as_posix(): f.read_bytes() for f in folder.rglob("*") if f.is_file()}
+
+
+def shards(folder: Path) -> list[Path]:
+    """The large files that are finished."""
+    return sorted(folder.glob("__0_*.distcp"))
+
+
+def stamps(folder: Path) -> dict[str, tuple[int, int]]:
+    """Of the large files that are finished: what changes when one is written again."""
+    return {file.name: (file.stat().st_ino, file.stat().st_mtime_ns) for file in shards(folder)}
+
+
+def same_but_for_the_source(found: dict[str, bytes], due: dict[str, bytes], source: Path) -> None:
+    """Assert that all bytes are the same; manifest.json names the folder that was converted."""
+    manifest = json.loads(due[MANIFEST]) | {"source": str(source)}
+    assert json.loads(found[MANIFEST]) == manifest
+    assert {k: v for k, v in found.items() if k != MANIFEST} == {k: v for k, v in due.items() if k != MANIFEST}
+
+
+def nothing_half(folder: Path, due: dict[str, bytes]) -> None:
+    """Assert that what lies under a final name is whole, and that the folder does not look finished."""
+    found = content(folder)
+    assert MANIFEST not in found and ".metadata" not in found
+    assert {name: due[name] for name in found if name in due} == {n: v for n, v in found.items() if n in due}
+    assert found.keys() - due.keys() <= {JOURNAL}
+
+
+OPERATIONS = ("pwrite", "write", "replace", "fsync", "unlink")
+
+
+def counting(operation: Callable[..., Any], at: Callable[[], None]) -> Callable[..., Any]:
+    """The operation, with a call of `at` before it."""
+
+    def counted(*arguments: Any, **options: Any) -> Any:
+        at()
+        return operation(*arguments, **options)
+
+    return counted
+
+
+def killed(source: Path, target: Path, at: int) -> int:
+    """Import in a process that kills itself (SIGKILL) before its `at`-th operation on the disk; returns how many it
+    did.
+    """
+    told, tell = os.pipe()
+    child = os.fork()
+    if child == 0:
+        done = 0
+
+        def count() -> None:
+            nonlocal done
+            if done == at:
+                os.kill(os.getpid(), signal.SIGKILL)
+            done += 1
+            written(tell, b".")
+
+        written = os.write
+        try:
+            for name in OPERATIONS:
+                setattr(os, name, counting(getattr(os, name), count))
+            run(converted(source), target)
+        finally:
+            os._exit(0)
+    os.close(tell)
+    with os.fdopen(told, "rb") as file:
+        done = len(file.read())
+    _, status = os.waitpid(child, 0)
+    assert os.WIFSIGNALED(status) == (done == at)
+    return done
+
+
+@pytest.fixture(scope="module")
+def operations(original: Path, tmp_path_factory: pytest.TempPathFactory) -> int:
+    """How many operations an import is."""
+    return killed(original, tmp_path_factory.mktemp("count") / "megatron", sys.maxsize)
+
+
+@pytest.mark.parametrize("part", [*(i / 12 for i in range(12)), 0.97, 0.985, 1.0])
+def test_a_kill_anywhere_leaves_only_whole_files_and_resume_ends_at_the_same_bytes(
+    part: float, operations: int, source: Path, whole: dict[str, bytes], tmp_path: Path
+) -> None:
+    target = tmp_path / "megatron"
+    at = min(int(part * operations), operations - 1)
+    assert killed(source, target, at) == at
+    found = content(target)
+    assert {n: v for n, v in found.items() if n in whole and n != MANIFEST} == {
+        n: whole[n] for n in found if n in whole and n != MANIFEST
+    }
+    if MANIFEST in found:
+        assert found.keys() >= whole.keys()
+    lines = [json.loads(line) for line in found.get(JOURNAL, b"").splitlines()]
+    entered = {line["file"] for line in lines if "file" in line}
+    before = {name: stamp for name, stamp in stamps(target).items() if name in entered}
+    assert len(before) == len(entered)
+    finished = MANIFEST in found and JOURNAL not in found
+    assert command(source, target, "--resume") == (2 if finished else 0)  # 2: nothing is left to do
+    assert stamps(target).items() >= before.items()
+    same_but_for_the_source(content(target), whole, source)
+
+
+def test_the_points_of_the_kills_are_inside_of_the_work(operations: int, source: Path, tmp_path: Path) -> None:
+    target = tmp_path / "megatron"
+    killed(source, target, operations // 2)
+    assert 1 < len(shards(target)) < 6
+    assert [path.name for path in target.glob("*.part")], "the middle is not within a file"
+
+
+def test_resume_makes_again_what_came_from_a_changed_file(
+    source: Path, operations: int, whole: dict[str, bytes], tmp_path: Path
+) -> None:
+    target = tmp_path / "megatron"
+    killed(source, target, int(0.9 * operations))
+    changed = source / "model-00002-of-00003.safetensors"
+    files = {f.name: {p.file for t in f.targets for p in t.pieces} for f in converted(source).plan.files}
+    before = stamps(target)
+    stale = {name for name in before if str(changed) in files[name]}
+    assert stale and stale != set(before)
+    raw = bytearray(changed.read_bytes())
+    raw[-1] ^= 1  # the same size: the time tells
+    changed.write_bytes(raw)
+    assert command(source, target, "--resume") == 0
+    after = stamps(target)
+    assert {name for name in before if after[name] != before[name]} == stale
+    run(converted(source), tmp_path / "fresh")
+    assert content(target) == content(tmp_path / "fresh") != whole
+
+
+def test_resume_makes_again_what_another_plan_made(source: Path, operations: int, tmp_path: Path) -> None:
+    target = tmp_path / "megatron"
+    killed(source, target, int(0.9 * operations))
+    assert command(source, target, "--resume", "--dtype", "fp32") == 0
+    assert command(source, tmp_path / "fresh", "--dtype", "fp32") == 0
+    assert content(target) == content(tmp_path / "fresh")
+
+
+def cut(file: Path) -> None:
+    """A copy that ended early."""
+    os.truncate(file, file.stat().st_size - 1000)
+
+
+@pytest.mark.parametrize(("damage", "cure"), [(cut, "again"), (Path.unlink, "download or copy the rest")])
+@pytest.mark.parametrize("also", [[], ["--resume"], ["--overwrite"]])
+def test_a_source_that_is_cut_or_gone_is_refused_before_anything_is_written(
+    damage: Callable[[Path], None], cure: str, also: list[str], source: Path, tmp_path: Path, capsys: Any
+) -> None:
+    damage(source / "model-00002-of-00003.safetensors")
+    assert command(source, tmp_path / "megatron", *also) == 2
+    message = capsys.readouterr().err
+    assert "model-00002-of-00003.safetensors" in message and cure in message
+    assert not (tmp_path / "megatron").exists()
+
+
+def test_a_checkpoint_whose_file_is_cut_is_not_exported(source: Path, tmp_path: Path, capsys: Any) -> None:
+    assert command(source, tmp_path / "megatron") == 0
+    cut(shards(tmp_path / "megatron")[1])
+    assert main(["convert", "export", str(tmp_path / "megatron"), str(tmp_path / "out")]) == 2
+    message = capsys.readouterr().err
+    assert shards(tmp_path / "megatron")[1].name in message and "copy it again" in message
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("workers", [1, 3])
+def test_a_source_that_is_cut_meanwhile_is_named(
+    source: Path, whole: dict[str, bytes], workers: int, tmp_path: Path
+) -> None:
+    conversion = converted(source)
+    cut(source / "model-00003-of-00003.safetensors")
+    with pytest.raises(UserError, match=r"model-00003-of-00003.safetensors ends at byte .* copy it again"):
+        run(conversion, tmp_path / "megatron", workers=workers)
+    nothing_half(tmp_path / "megatron", whole)
+
+
+class Limited:
+    """os.pwrite on a disk that takes so many bytes and then fails; like a real one it writes a part first."""
+
+    def __init__(self, room: int, error: int) -> None:
+        self.room, self.error, self.real, self.lock = room, error, os.pwrite, threading.Lock()
+
+    def __call__(self, handle: int, data: memoryview, at: int) -> int:
+        with self.lock:
+            taken = min(len(data), self.room)
+            self.room -= taken
+        if not taken:
+            raise OSError(self.error, os.strerror(self.error))
+        return self.real(handle, data[:taken], at)
+
+
+@pytest.mark.parametrize("workers", [1, 3])
+@pytest.mark.parametrize("room", [0, 500_000, 1_900_001])
+@pytest.mark.parametrize(
+    ("error", "cure"),
+    [(errno.ENOSPC, "Free some and go on with --resume"), (errno.EDQUOT, "quota"), (errno.EROFS, "another folder")],
+)
+def test_a_disk_that_takes_no_more(
+    error: int, cure: str, room: int, workers: int, source: Path, whole: dict[str, bytes], tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch, capsys: Any,
+) -> None:  # fmt: skip
+    target = tmp_path / "megatron"
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "pwrite", Limited(room, error))
+        assert command(source, target, "--workers", str(workers)) == 2
+    message = capsys.readouterr().err
+    assert f"{target}/__0_" in message and cure in message and os.strerror(error) in message
+    assert "Traceback" not in message
+    nothing_half(target, whole)
+    assert command(source, target, "--resume") == 0
+    same_but_for_the_source(content(target), whole, source)
+
+
+def test_a_disk_that_is_too_small_is_known_before_the_start(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    usage = shutil.disk_usage(tmp_path)._replace(free=1_000_000)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage)
+    assert command(source, tmp_path / "megatron") == 2
+    assert "only 0.001 GB are free" in capsys.readouterr().err
+    assert not shards(tmp_path / "megatron")
+
+
+@pytest.mark.parametrize("below", ["", "sub"])
+def test_a_target_that_is_no_folder(below: str, source: Path, tmp_path: Path, capsys: Any) -> None:
+    (tmp_path / "file").write_text("mine")
+    assert command(source, tmp_path / "file" / below) == 2
+    message = capsys.readouterr().err
+    assert str(tmp_path / "file" / below) in message and "folder" in message
+    assert (tmp_path / "file").read_text() == "mine"
+
+
+@pytest.mark.parametrize(("error", "status"), [(errno.EIO, 1), (errno.ESTALE, 1), (errno.EACCES, 2)])
+def test_a_source_that_cannot_be_read_is_what_the_message_names(
+    error: int, status: int, source: Path, whole: dict[str, bytes], tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    capsys: Any,
+) -> None:  # fmt: skip
+    def fail(*_: Any) -> int:
+        raise OSError(error, os.strerror(error))
+
+    monkeypatch.setattr(os, "preadv", fail)
+    assert command(source, tmp_path / "megatron") == status
+    message = capsys.readouterr().err
+    assert f"{source}/model-0000" in message and os.strerror(error) in message and "distcp" not in message
+    nothing_half(tmp_path / "megatron", whole)
+
+
+@pytest.mark.parametrize("workers", [2, 8])
+def test_workers_write_the_same_bytes(workers: int, original: Path, whole: dict[str, bytes], tmp_path: Path) -> None:
+    seen: list[int] = []
+    conversion = converted(original)
+    run(conversion, tmp_path / "megatron", workers=workers, progress=seen.append)
+    assert content(tmp_path / "megatron") == whole
+    assert check_manifest(tmp_path / "megatron") == []
+    assert sum(seen) == conversion.plan.bytes
+
+
+def test_every_checksum_is_the_files(whole: dict[str, bytes]) -> None:
+    manifest = json.loads(whole[MANIFEST])
+    assert manifest["files"] == {name: len(data) for name, data in whole.items() if name != MANIFEST}
+    assert manifest["xxh3_128"] == {n: xxhash.xxh3_128_hexdigest(data) for n, data in whole.items() if n != MANIFEST}
+
+
+@pytest.fixture
+def matrix(tmp_path: Path) -> tuple[torch.Tensor, Piece]:
+    """bfloat16 [300, 200] and the piece that reads it."""
+    values = torch.randn(300, 200, generator=torch.Generator().manual_seed(1)).bfloat16()
+    file = tmp_path / "values"
+    file.write_bytes(b"head" + values.view(torch.uint8).numpy().tobytes())
+    return values, Piece(0, 0, 300, 200, str(file), 4, 400, "BF16")
+
+
+def quantised_file(piece: Piece) -> OutputFile:
+    """Scales stand before their tensor, as safetensors orders dtypes."""
+    target = Target("w", "F8_E4M3", (300, 200), (piece,), Quantise("fp32", None))
+    return OutputFile("out", 8 + 24 + 60_000 + 3, (Part(0, b"8 bytes."), Part(32, target, 8), Part(60_032, b"end")))
+
+
+def test_scales_that_stand_before_their_tensor(matrix: tuple[torch.Tensor, Piece], tmp_path: Path) -> None:
+    values, piece = matrix
+    record = write_file(quantised_file(piece), tmp_path, no_progress, threading.Event())
+    codes, scales = quantise(values, (128, 128))
+    due = b"8 bytes." + scales.numpy().tobytes() + codes.contiguous().view(torch.uint8).numpy().tobytes() + b"end"
+    assert (tmp_path / "out").read_bytes() == due
+    assert (record.bytes, record.xxh3_128) == (len(due), xxhash.xxh3_128_hexdigest(due))
+
+
+def test_a_plan_that_leaves_bytes_out_is_no_file(matrix: tuple[torch.Tensor, Piece], tmp_path: Path) -> None:
+    file = quantised_file(matrix[1])
+    short = OutputFile(file.name, file.size, file.parts[:2])
+    with pytest.raises(RuntimeError, match="60032 bytes written where the plan has 60035"):
+        write_file(short, tmp_path, no_progress, threading.Event())
+    assert not list(tmp_path.glob("out*"))
+
+
+def test_writes_end_at_multiples_of_a_block(
+    matrix: tuple[torch.Tensor, Piece], tmp_path: Path, monkeypatch: Any
+) -> None:
+    spans, real = [], os.pwrite
+
+    def pwrite(handle: int, data: memoryview, at: int) -> int:
+        spans.append((at, at + len(data)))
+        return real(handle, data, at)
+
+    monkeypatch.setattr(os, "pwrite", pwrite)
+    monkeypatch.setattr(write, "WRITE", 4096)
+    copied = Target("w", "BF16", (300, 200), (matrix[1],))
+    file = OutputFile("out", 100 + 120_000, (Part(0, b"x" * 100), Part(100, copied)))
+    write_file(file, tmp_path, no_progress, threading.Event())
+    assert (tmp_path / "out").read_bytes() == b"x" * 100 + (tmp_path / "values").read_bytes()[4:]
+    assert all(first // 4096 == (last - 1) // 4096 for first, last in spans)
+    assert len(spans) == 2 + 120_100 // 4096
+
+
+def hashed(file: OutputFile, state: str = "1 2") -> str:
+    return plan_hash(file, lambda _: state)
+
+
+def changes(piece: Piece) -> Iterator[OutputFile]:
+    """Files that hold something else than the first."""
+
+    def file(pieces: tuple[Piece, ...], **of: Any) -> OutputFile:
+        return OutputFile("out", 9, (Part(0, b"head"), Part(4, Target("w", "BF16", (300, 200), pieces, **of), 7)))
+
+    first = (piece,)
+    stored = Stored("s", "F32", (3, 2), (Chunk(piece.file, 9, (0, 0), (3, 2)),))
+    other = Stored("s", "F32", (3, 2), (Chunk(piece.file, 8, (0, 0), (3, 2)),))
+    yield file(first)
+    yield OutputFile("out", 9, (Part(0, b"heal"), *file(first).parts[1:]))
+    yield OutputFile("out", 9, (Part(0, b"head"), Part(5, Target("w", "BF16", (300, 200), first), 7)))
+    yield OutputFile("out", 9, (Part(0, b"head"), Part(4, Target("w", "BF16", (300, 200), first), 6)))
+    yield OutputFile("out", 9, (Part(0, b"head"), Part(4, Target("w", "BF16", (300, 200), first), 7, True)))
+    yield OutputFile("out", 9, (Part(0, b"head"), Part(4, Target("w", "F32", (300, 200), first), 7)))
+    yield file((Piece(0, 0, 300, 200, piece.file, 5, 400, "BF16"),))
+    yield file((Piece(0, 0, 300, 200, piece.file + "2", 4, 400, "BF16"),))
+    yield file((Piece(0, 0, 300, 200, piece.file, 4, 400, "F16"),))
+    yield file((Piece(0, 0, 300, 200, piece.file, 4, 400, "BF16", Scale(stored, 0, 0)),))
+    yield file((Piece(0, 0, 300, 200, piece.file, 4, 400, "BF16", Scale(stored, 128, 0)),))
+    yield file((Piece(0, 0, 300, 200, piece.file, 4, 400, "BF16", Scale(other, 0, 0)),))
+    yield file(first, quantise=Quantise("fp32", None))
+    yield file(first, quantise=Quantise("power-of-2", None))
+    yield file(first, quantise=Quantise("fp32", stored))
+
+
+def test_a_plan_hash_changes_with_everything_that_the_file_depends_on(
+    matrix: tuple[torch.Tensor, Piece], monkeypatch: Any
+) -> None:
+    files = list(changes(matrix[1]))
+    found = [hashed(file) for file in files]
+    assert len(set(found)) == len(files)
+    assert found == [hashed(file) for file in changes(matrix[1])]
+    assert not set(found) & {hashed(file, "1 3") for file in files}
+    monkeypatch.setattr(write, "__version__", "another")
+    assert not set(found) & {hashed(file) for file in files}
+
+
+def pair(folder: Path, first: bytes, second: bytes, dtype: str = "U8") -> tuple[Stored, Stored]:
+    """Two tensors that should be one another's copy."""
+    made = []
+    for name, data, kind in (("one", first, "U8"), ("two", second, dtype)):
+        (folder / name).write_bytes(b"skip" + data)
+        made.append(Stored(name, kind, (len(data),), (Chunk(str(folder / name), 4, (0,), (len(data),)),)))
+    return made[0], made[1]
+
+
+def test_copies_are_compared_to_the_last_byte(tmp_path: Path, monkeypatch: Any) -> None:
+    monkeypatch.setattr(write, "BAND", 1000)
+    data = np.random.default_rng(0).integers(0, 256, 2500, dtype=np.uint8).tobytes()
+    write.check_equal(*pair(tmp_path, data, data))
+    for at in (0, 999, 1000, 2499):
+        other = bytearray(data)
+        other[at] ^= 128
+        with pytest.raises(UserError, match=r"two differs from one.*--no-mtp"):
+            write.check_equal(*pair(tmp_path, data, bytes(other)))
+    with pytest.raises(UserError, match="two differs"):
+        write.check_equal(*pair(tmp_path, data, data, "I8"))
