@@ -15,10 +15,11 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from megatron_r1 import __version__
-from megatron_r1.config.errors import UserError
-from megatron_r1.config.run import RunConfig
+from megatron_r1.config.errors import RunFailed, UserError
+from megatron_r1.config.run import RunConfig, SftStage
 from megatron_r1.convert.command import add_convert
 
+EXIT_FAILED = 1
 EXIT_USER_ERROR = 2
 
 DESCRIPTION = "The DeepSeek-R1 recipe on Megatron-Core, from one CPU to a cluster."
@@ -64,6 +65,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         where = f" (rank {rank})" if rank != "0" else ""
         print(f"megatron-r1{where}: error: {error}", file=sys.stderr)
         return EXIT_USER_ERROR
+    except RunFailed as error:
+        print(f"megatron-r1: error: {error}", file=sys.stderr)
+        return EXIT_FAILED
     except BrokenPipeError:  # `megatron-r1 config | head`: the reader has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
@@ -192,6 +196,7 @@ def _plan(config: RunConfig, world: int, run_dir: Path) -> str:
     """What a dry run prints: valid TOML, everything else in comments."""
     from megatron_r1.config.departures import departures
     from megatron_r1.config.load import dump
+    from megatron_r1.pipeline.run import with_steps
 
     layout = config.parallel
     data = world // layout.model_size
@@ -201,7 +206,12 @@ def _plan(config: RunConfig, world: int, run_dir: Path) -> str:
         f"{layout.context} x DP {data}; "
         f"experts: EP {layout.expert} x ETP {layout.etp}; VPP {layout.virtual_pipeline}",
         f"stages: {' -> '.join(stage.name for stage in config.stage)}",
-        "departures from the paper's R1-Zero:",
+        *(
+            f"stage {stage.name}: {stage.epochs:g} epochs in {stage.steps} steps"
+            for stage in with_steps(config).stage
+            if isinstance(stage, SftStage) and stage.epochs is not None
+        ),
+        "departures from the paper:",
         *([f"  {item}" for item in departures(config)] or ["  none"]),
     ]
     return dump(config) + "\n" + "\n".join(f"# {line}" for line in notes)
@@ -225,7 +235,7 @@ def _write_files(recipe: Path, config: RunConfig, run_dir: Path) -> None:
             f"the run directory {run_dir} cannot be written: {error.strerror}; choose another with --run-dir"
         ) from error
     print(f"run directory: {run_dir}")
-    print("departures from the paper's R1-Zero:", "" if found else "none")
+    print("departures from the paper:", "" if found else "none")
     for item in found:
         print(f"  {item}")
     sys.stdout.flush()

@@ -1,4 +1,5 @@
-"""What flows between the rooms: Prompt -> Completion (with its Score) -> Group -> Sample; PreferencePair -> Sample.
+"""What flows between the rooms: Prompt -> Completion (with its Score) -> Group -> Sample; PreferencePair -> Sample;
+Conversation -> Sample.
 
 Every list marked [T] is aligned with `Completion.token_ids`. A group is an object, never a reshape of a flat
 list, so uneven or failed groups stay correct by construction. Nothing here imports torch: a `Sample` becomes
@@ -15,6 +16,7 @@ if TYPE_CHECKING:
 
 FinishReason = Literal["stop", "length", "abort"]
 VerdictStatus = Literal["correct", "wrong", "unknown"]
+Role = Literal["system", "user", "assistant"]
 
 
 @dataclass(kw_only=True, slots=True)
@@ -32,6 +34,24 @@ class Prompt:
     answer: str | None  # the reference answer; None where only a verifier knows
     verifier: str  # key in `rewards.accuracy.VERIFIERS`
     metadata: dict[str, Any] = field(default_factory=dict)
+    language: str | None = None  # code (`config/languages.py`) where the source says it; None: read it off the question
+
+
+@dataclass(kw_only=True, slots=True)
+class LanguageUse:
+    """The words of one chain of thought, and those of the language it should be in.
+
+    Example: LanguageUse(target="zh", words=12.5, target_words=10.0), whose share is 0.8.
+    """
+
+    target: str  # code (`config/languages.py`)
+    words: float  # >= 0; not whole, as Han characters are divided by a constant
+    target_words: float  # <= words
+
+    @property
+    def share(self) -> float:
+        """target_words / words; 1 for a thought without words, which mixes nothing."""
+        return self.target_words / self.words if self.words else 1.0
 
 
 @dataclass(kw_only=True, slots=True)
@@ -54,6 +74,7 @@ class Score:
     total: float
     parts: dict[str, float]
     verdict: Verdict
+    language: LanguageUse | None = None  # None: not asked for
 
 
 @dataclass(kw_only=True, slots=True)
@@ -119,3 +140,34 @@ class PreferencePair:
     question: str  # the raw prompt, before the template
     chosen: Sample  # prompt, answer, end-of-sequence
     rejected: Sample
+
+
+@dataclass(frozen=True, slots=True)
+class Message:
+    """One turn of a conversation. Example: Message("assistant", "It is 8.", reasoning="5-6=-1; -1+9=8")."""
+
+    role: Role
+    content: str  # never blank; may hold the thought itself, in <think> tags
+    reasoning: str | None = None  # the thought, where it is given apart from the answer; assistant only
+
+
+@dataclass(kw_only=True, slots=True)
+class Conversation:
+    """An optional system message, then user and assistant in turn; the assistant has the last word.
+
+    Example: Conversation(id="mix.jsonl:17", where="mix.jsonl:18", messages=[Message("user", "5-6+9=?"), ...]).
+    """
+
+    id: str  # "<source>:<index>"
+    where: str  # file and line, for messages to people
+    messages: list[Message]
+
+    @property
+    def questions(self) -> list[str]:
+        """What the user says, turn by turn."""
+        return [message.content for message in self.messages if message.role == "user"]
+
+    @property
+    def question(self) -> str:
+        """The user's last turn."""
+        return self.questions[-1]

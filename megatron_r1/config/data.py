@@ -1,13 +1,14 @@
-"""Where prompts and pre-training text come from, and how completions are scored."""
+"""Where prompts, conversations, preference pairs and pre-training text come from, and how completions are scored."""
 
 from __future__ import annotations
 
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
-from pydantic import Field, PositiveFloat, PositiveInt, model_validator
+from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
 
 from megatron_r1.config.base import Table
+from megatron_r1.config.languages import DEFAULT_LANGUAGE, HAN_PER_WORD, check_language
 
 R1_ZERO_TEMPLATE = "r1-zero"
 
@@ -44,6 +45,9 @@ class PromptsConfig(Table):
     """Column of the question (files)."""
     answer_key: str = "answer"
     """Column of the reference answer (files). GSM8K's `#### 42` ending is understood."""
+    language_key: str | None = None
+    """Column of the language that the thought is to keep to (files): "en", "zh", "zh-CN", ...; empty cells, and None:
+    found from the question."""
     verifier: str | None = None
     """Verifier of the answers; None: the source's own ("math" for files)."""
     template: str = R1_ZERO_TEMPLATE
@@ -58,13 +62,19 @@ class PromptsConfig(Table):
             raise ValueError(f"source {self.source!r} needs `path`")
         if not needs_path and self.task is None:
             raise ValueError(f"source {self.source!r} needs `task`")
+        if not needs_path and self.language_key is not None:
+            raise ValueError(
+                f"language_key = {self.language_key!r} names a column, and source {self.source!r} has none; remove it "
+                "(generator: options.languages sets the languages of its prompts)"
+            )
         check_template(self.template)
         return self
 
     @property
     def columns(self) -> dict[str, str]:
         """Setting -> the column that it names and a file must have."""
-        return {"question_key": self.question_key, "answer_key": self.answer_key}
+        columns = {"question_key": self.question_key, "answer_key": self.answer_key}
+        return columns if self.language_key is None else columns | {"language_key": self.language_key}
 
 
 class PairsConfig(Table):
@@ -101,13 +111,67 @@ class PairsConfig(Table):
         return {"prompt_key": self.prompt_key, "chosen_key": self.chosen_key, "rejected_key": self.rejected_key}
 
 
+class ConversationsConfig(Table):
+    """One source of conversations to imitate: rows of messages, or of a prompt and its response.
+
+    A row with the column `messages_key` holds a list of {role, content}: one system message at most, first, then user
+    and assistant in turn, the assistant last. An assistant's message may give its thought apart, under
+    `reasoning_key`. Any other row holds two texts, `prompt_key` and `response_key`, and may give a thought likewise.
+    """
+
+    table: ClassVar[str] = "data"
+
+    source: Literal["jsonl", "parquet", "datasets"]
+    """jsonl: a file; parquet: a file or a folder of them; datasets: a Hugging Face `datasets` folder or local files."""
+    path: Path
+    """The file or folder."""
+    options: dict[str, Any] = Field(default_factory=dict)
+    """datasets only: {split = "train"}, where a saved dataset has several."""
+    size: PositiveInt | None = None
+    """Use at most this many rows, the first well-formed ones."""
+    messages_key: str = "messages"
+    """Column of the messages."""
+    prompt_key: str = "prompt"
+    """Column of the prompt, in rows without messages."""
+    response_key: str = "response"
+    """Column of the response, in rows without messages."""
+    reasoning_key: str = "reasoning_content"
+    """Key of an assistant's message, or column beside a response, that holds the thought before the answer. It need not
+    be there: a thought may also stand in the answer's own text, in <think> tags."""
+    shuffle: bool = True
+    """Draw conversations in a new order each epoch."""
+    max_bad_rows: NonNegativeInt = 0
+    """Rows that may be malformed, or that the chat format or tokenizer cannot write: each is reported with its file and
+    line, left out and counted; one more ends the run. 0: the first is an error."""
+
+    @model_validator(mode="after")
+    def _options(self) -> ConversationsConfig:
+        unknown = sorted(set(self.options) - ({"split"} if self.source == "datasets" else set()))
+        if unknown:
+            allowed = "split" if self.source == "datasets" else "none"
+            raise ValueError(f"source {self.source!r} has no option {', '.join(unknown)}; allowed are: {allowed}")
+        return self
+
+    @property
+    def columns(self) -> dict[str, str]:
+        """Setting -> the column that it names and a file without messages must have."""
+        return {"prompt_key": self.prompt_key, "response_key": self.response_key}
+
+
+FileConfig = PromptsConfig | PairsConfig | ConversationsConfig
+"""Tables that may name a file of rows."""
+
+
 class CorpusConfig(Table):
     """Generated pre-training text: documents that answer a task in a mixture of styles."""
 
     task: str = "chain_sum"
     """Task whose problems the documents answer."""
     options: dict[str, Any] = Field(default_factory=dict)
-    """Difficulty of the task, as in a prompt source."""
+    """Difficulty of the task, as in a prompt source. With languages = { en = 0.5, zh = 0.5 } each document is in one
+    language, and its working in words of it."""
+    mixed: float = Field(default=0.0, ge=0, le=1)
+    """With options.languages: share of the documents with working whose words change to another language midway."""
     styles: dict[str, float]
     """Weight of each style: "steps", "plain_steps", "check", "direct", "plain": worked in tags,
     worked without tags, worked and re-checked, guessed in tags, guessed without tags."""
@@ -124,12 +188,27 @@ class CorpusConfig(Table):
 class RewardConfig(Table):
     """`[[stage.reward]]`: one term of the reward; the total is their weighted sum."""
 
-    kind: Literal["accuracy", "format"]
+    kind: Literal["accuracy", "format", "language"]
     """accuracy: 1 if the verifier says correct, else 0. format: 1 if the completion is `<think>..</think>
-    <answer>..</answer>` and nothing else."""
+    <answer>..</answer>` and nothing else. language: share of the words of the chain of thought that are of the target
+    language (R1's first RL stage), told by their script; a thought without words counts 1."""
     weight: float = 1.0
     """Factor of this term. The paper gives both rule rewards the same weight."""
     deadline: PositiveFloat = 1.0
     """accuracy: seconds a verifier may take before its verdict is `unknown`."""
     unknown: float = 0.0
     """accuracy: reward of an `unknown` verdict; it is counted apart from wrong answers whatever this is."""
+    default_language: str = DEFAULT_LANGUAGE
+    """language: target of prompts whose language neither a column nor the words of the question tell. Languages of one
+    script are not told apart: with the target "de" an English thought counts as one in German."""
+    han_per_word: PositiveFloat = HAN_PER_WORD
+    """language: Chinese characters that count as one word (the paper does not say how words are counted)."""
+
+    @model_validator(mode="after")
+    def _language(self) -> RewardConfig:
+        check_language(self.default_language)
+        if self.kind != "language":
+            for key in ("default_language", "han_per_word"):
+                if getattr(self, key) != type(self).model_fields[key].default:
+                    raise ValueError(f'{key} is for kind = "language"; this reward is "{self.kind}"; remove it')
+        return self

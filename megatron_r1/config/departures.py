@@ -1,14 +1,16 @@
 """In what a run departs from the DeepSeek-R1 paper; printed at the start of every run.
 
-The paper's values are those of R1-Zero (arXiv 2501.12948, training details of R1-Zero; evaluation
-set-up of the same paper). Four cells are not stated there and are named so below: the clip range
-is that of R1's first RL stage, the token-wise aggregation is DeepSeekMath's (arXiv 2402.03300 eq.
-3), the precision is that in which DeepSeek-V3 was trained (arXiv 2412.19437, section 3.3), the
-standard deviation's kind is open and so is never a departure.
+The paper's values are those of R1-Zero (arXiv 2501.12948, training details of R1-Zero; evaluation set-up of the same
+paper), and for `sft` stages those of R1's two fine-tunings or, where the model is one of the paper's students, of its
+distillation (v2, appendix B.4.2 and B.4.3). Four cells are not stated there and are named so below: the clip range is
+that of R1's first RL stage, the token-wise aggregation is DeepSeekMath's (arXiv 2402.03300 eq. 3), the precision is
+that in which DeepSeek-V3 was trained (arXiv 2412.19437, section 3.3), the standard deviation's kind is open and so is
+never a departure.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -16,7 +18,7 @@ from typing import Any
 from pydantic import BaseModel
 
 from megatron_r1.config.optim import SamplingConfig
-from megatron_r1.config.run import EvalStage, GrpoStage, RunConfig
+from megatron_r1.config.run import EvalStage, GrpoStage, RunConfig, SftStage
 
 PAPER_GRPO: dict[str, tuple[Any, str]] = {
     "optimizer.lr": (3e-6, "R1-Zero's learning rate; the optimum grows as models shrink"),
@@ -57,6 +59,15 @@ PAPER_GRPO: dict[str, tuple[Any, str]] = {
     "grpo.expert_bias": ("frozen", "no update of the router's bias is stated for RL"),
     "prompts.template": ("r1-zero", "the template of table 1"),
 }
+PAPER_SFT: dict[str, tuple[Any, str]] = {
+    "optimizer.lr": (5e-5, "both fine-tunings of DeepSeek-V3-Base"),
+    "optimizer.schedule": ("cosine", "cosine decay to a tenth"),
+    "batch": (128, "both fine-tunings of DeepSeek-V3-Base; distillation: 64"),
+    "max_length": (32768, "the context of fine-tuning and distillation"),
+}
+PAPER_STUDENTS = {"qwen2.5-1.5b": 1e-4, "qwen2.5-7b": 8e-5, "qwen2.5-32b": 6e-5, "llama-3.1-8b": 5e-5}
+"""Preset of a distilled student -> its initial learning rate."""
+PAPER_EPOCHS = (2, 3)
 PAPER_PRECISION = ("fp8-blockwise", "DeepSeek-V3's, with bf16; none is stated for the RL")
 PAPER_EVAL: dict[str, tuple[Any, str]] = {
     "sampling.temperature": (0.6, "the paper's evaluation set-up"),
@@ -88,7 +99,7 @@ class Departure:
 
 
 def departures(config: RunConfig) -> list[Departure]:
-    """Every key of the GRPO and evaluation stages that departs from the paper's R1-Zero, in the
+    """Every key of the GRPO, SFT and evaluation stages that departs from the paper, in the
     order of the stages, after the precision that they share.
     """
     found: list[Departure] = []
@@ -100,7 +111,12 @@ def departures(config: RunConfig) -> list[Departure]:
             found += _compare(stage, PAPER_GRPO, skip=_silent(stage))
             found += _mask_limits(stage)
             found += _rewards(stage)
+            found += _stop(stage)
+        elif isinstance(stage, SftStage):
+            found += _compare(stage, _fine_tuning(config.model.preset), skip=())
+            found += _floor_and_epochs(stage)
         elif isinstance(stage, EvalStage):
+            found += _stop(stage)
             found += _compare(stage, PAPER_EVAL, skip=())
     return found
 
@@ -114,10 +130,10 @@ def _silent(stage: GrpoStage) -> tuple[str, ...]:
 
 
 def _compare(
-    stage: GrpoStage | EvalStage, paper: dict[str, tuple[Any, str]], skip: Iterable[str]
+    stage: GrpoStage | SftStage | EvalStage, paper: dict[str, tuple[Any, str]], skip: Iterable[str]
 ) -> Iterator[Departure]:
     for key, (value, why) in paper.items():
-        here = stage
+        here: Any = stage
         *tables, last = key.split(".")
         for table in tables:
             here = getattr(here, table)
@@ -126,6 +142,9 @@ def _compare(
             continue
         spelled = ".".join([*tables, SPELLED.get(last, last)])
         yield Departure(key=f"stage.{stage.name}.{spelled}", paper=_spell(value), here=_spell(given), why=why)
+
+
+def _stop(stage: GrpoStage | EvalStage) -> Iterator[Departure]:
     sampling: SamplingConfig = stage.sampling
     if sampling.stop:
         why = "only the end-of-sequence token ends a completion"
@@ -135,6 +154,29 @@ def _compare(
             here=_spell(sampling.stop),
             why=why,
         )
+
+
+def _fine_tuning(preset: str | None) -> dict[str, tuple[Any, str]]:
+    """The paper's values for this model: those of distillation where it is one of the students."""
+    if preset not in PAPER_STUDENTS:
+        return PAPER_SFT
+    student = {
+        "optimizer.lr": (PAPER_STUDENTS[preset], "of this student in distillation"),
+        "batch": (64, "distillation"),
+    }
+    return PAPER_SFT | student
+
+
+def _floor_and_epochs(stage: SftStage) -> Iterator[Departure]:
+    tenth = stage.optimizer.lr / 10
+    if not math.isclose(stage.optimizer.min_lr, tenth):
+        key, why = f"stage.{stage.name}.optimizer.min_lr", "a tenth of the initial learning rate"
+        yield Departure(key=key, paper=_spell(tenth), here=_spell(stage.optimizer.min_lr), why=why)
+    low, high = PAPER_EPOCHS
+    if stage.epochs is None or not low <= stage.epochs <= high:
+        here = f"steps = {stage.steps}" if stage.epochs is None else _spell(stage.epochs)
+        why = "R1's fine-tunings and distillation"
+        yield Departure(key=f"stage.{stage.name}.epochs", paper=f"{low} to {high}", here=here, why=why)
 
 
 def _mask_limits(stage: GrpoStage) -> Iterator[Departure]:
@@ -150,18 +192,20 @@ def _mask_limits(stage: GrpoStage) -> Iterator[Departure]:
 
 
 def _rewards(stage: GrpoStage) -> Iterator[Departure]:
-    """The paper: R = R_accuracy + R_format, of equal weight; only the proportion of the weights
-    matters.
+    """The paper: R = R_accuracy + R_format; in R1's first RL stage R_language is added to the rule rewards, of which
+    its first version names the accuracy alone. All of equal weight; only the proportion of the weights matters.
     """
     weights: dict[str, float] = {}
     for reward in stage.reward:
         weights[reward.kind] = weights.get(reward.kind, 0.0) + reward.weight
-    if set(weights) != {"accuracy", "format"} or len(set(weights.values())) != 1 or min(weights.values()) <= 0:
+    paper = ("accuracy", "language") if "language" in weights else ("accuracy", "format")
+    known = set(weights) in (set(paper), {*paper, "format"})
+    if not known or len(set(weights.values())) != 1 or min(weights.values()) <= 0:
         yield Departure(
             key=f"stage.{stage.name}.reward",
-            paper="accuracy x 1, format x 1",
+            paper=_spell(dict.fromkeys(paper, 1)),
             here=_spell(weights),
-            why="accuracy and format, of the same weight",
+            why=f"{' and '.join(paper)}, of the same weight",
         )
 
 

@@ -10,9 +10,12 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from megatron_r1.config.errors import UserError
+from megatron_r1.config.grpo import GrpoConfig
 from megatron_r1.config.model import ModelConfig
-from megatron_r1.config.run import GrpoStage, PretrainStage, RunConfig
+from megatron_r1.config.run import GrpoStage, PretrainStage, RunConfig, SftStage
 from megatron_r1.config.validate import EXPERT_COUNTS
+
+_DENSE = f"this architecture is dense (no {EXPERT_COUNTS[0]})"
 
 
 def check_effects(config: RunConfig, architecture: Mapping[str, Any]) -> None:
@@ -31,8 +34,10 @@ def check_effects(config: RunConfig, architecture: Mapping[str, Any]) -> None:
     if config.model.mtp and not architecture.get("num_nextn_predict_layers"):
         problems.append(f"model.mtp = true: {_no_mtp(config.model, architecture)}; remove it")
     for stage in config.stage:
-        if isinstance(stage, PretrainStage):
-            problems += _pretrain(stage, config.model, architecture)
+        if isinstance(stage, (PretrainStage, SftStage)):
+            problems += _default_mtp_loss(stage, config.model, architecture)
+        if isinstance(stage, SftStage):
+            problems += [f"stage.{stage.name}.{line}" for line in _expert_bias("expert_bias", stage, architecture)]
         elif isinstance(stage, GrpoStage):
             problems += [f"stage.{stage.name}.{line}" for line in _mtp_loss(stage, config.model, architecture)]
             problems += [f"stage.{stage.name}.{line}" for line in _experts(stage, config.model, architecture)]
@@ -53,8 +58,10 @@ def _no_mtp(model: ModelConfig, architecture: Mapping[str, Any]) -> str:
     return f"the architecture has no multi-token-prediction layers ({given})"
 
 
-def _pretrain(stage: PretrainStage, model: ModelConfig, architecture: Mapping[str, Any]) -> Iterator[str]:
-    default = PretrainStage.model_fields["mtp_loss"].default
+def _default_mtp_loss(
+    stage: PretrainStage | SftStage, model: ModelConfig, architecture: Mapping[str, Any]
+) -> Iterator[str]:
+    default = type(stage).model_fields["mtp_loss"].default
     if stage.mtp_loss not in (0, default) and not _has_mtp(model, architecture):
         reason = _no_mtp(model, architecture)
         yield f"stage.{stage.name}.mtp_loss = {stage.mtp_loss:g} without effect: {reason}; remove it"
@@ -69,24 +76,31 @@ def _mtp_loss(stage: GrpoStage, model: ModelConfig, architecture: Mapping[str, A
 
 
 def _experts(stage: GrpoStage, model: ModelConfig, architecture: Mapping[str, Any]) -> Iterator[str]:
-    grpo = stage.grpo
-    if not any(architecture.get(key) for key in EXPERT_COUNTS):
-        dense = f"this architecture is dense (no {EXPERT_COUNTS[0]})"
-        if grpo.routing_replay != "none":
-            yield f'grpo.routing_replay = "{grpo.routing_replay}": {dense}, there is no routing; set it to "none"'
-        if grpo.expert_bias != "frozen":
-            yield f'grpo.expert_bias = "{grpo.expert_bias}" without effect: {dense}; remove it'
-        return
-    if grpo.routing_replay != "none" and model.megatron.get("moe_router_fusion"):
+    replay = stage.grpo.routing_replay
+    if replay != "none" and not _has_experts(architecture):
+        yield f'grpo.routing_replay = "{replay}": {_DENSE}, there is no routing; set it to "none"'
+    elif replay != "none" and model.megatron.get("moe_router_fusion"):
         yield (
-            f'grpo.routing_replay = "{grpo.routing_replay}" with [model.megatron] moe_router_fusion = true: the fused '
-            "router chooses its experts inside one kernel, and recorded ones cannot be put in; remove moe_router_fusion"
+            f'grpo.routing_replay = "{replay}" with [model.megatron] moe_router_fusion = true: the fused router '
+            "chooses its experts inside one kernel, and recorded ones cannot be put in; remove moe_router_fusion"
         )
-    if grpo.expert_bias == "updated" and architecture.get("model_type") != "deepseek_v3":
+    yield from _expert_bias("grpo.expert_bias", stage.grpo, architecture)
+
+
+def _expert_bias(key: str, table: GrpoConfig | SftStage, architecture: Mapping[str, Any]) -> Iterator[str]:
+    if table.expert_bias == "frozen":
+        return
+    if not _has_experts(architecture):
+        yield f'{key} = "{table.expert_bias}" without effect: {_DENSE}; remove it'
+    elif architecture.get("model_type") != "deepseek_v3":
         yield (
-            f'grpo.expert_bias = "updated" without effect: routers of a {architecture.get("model_type")} architecture '
+            f'{key} = "{table.expert_bias}" without effect: routers of a {architecture.get("model_type")} architecture '
             "have no expert bias; remove it"
         )
+
+
+def _has_experts(architecture: Mapping[str, Any]) -> bool:
+    return any(architecture.get(key) for key in EXPERT_COUNTS)
 
 
 def _dropout(stage: GrpoStage, model: ModelConfig) -> Iterator[str]:

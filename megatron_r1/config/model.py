@@ -90,12 +90,17 @@ class TokenizerConfig(Table):
     """The tokenizer's file or folder (huggingface, sentencepiece)."""
     tags: list[str] = Field(default_factory=lambda: ["<think>", "</think>", "<answer>", "</answer>"])
     """char and byte only: strings that are one token each."""
+    characters: str = ""
+    """char only: further characters of its alphabet, which is newline and printable ASCII. Another text here is another
+    vocabulary: checkpoints do not carry over."""
 
     @model_validator(mode="after")
     def _path(self) -> TokenizerConfig:
         if (self.kind in ("huggingface", "sentencepiece")) != (self.path is not None):
             need = "needs" if self.path is None else "takes no"
             raise ValueError(f"tokenizer kind {self.kind!r} {need} `path`")
+        if self.characters and self.kind != "char":
+            raise ValueError(f'characters extends the alphabet of kind = "char"; this is {self.kind!r}; remove it')
         return self
 
 

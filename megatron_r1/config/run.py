@@ -2,16 +2,32 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import Field, PositiveInt, model_validator
+from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
 
 from megatron_r1.config.base import Table
-from megatron_r1.config.data import CorpusConfig, PairsConfig, PromptsConfig, RewardConfig
+from megatron_r1.config.data import (
+    R1_ZERO_TEMPLATE,
+    ConversationsConfig,
+    CorpusConfig,
+    PairsConfig,
+    PromptsConfig,
+    RewardConfig,
+    check_template,
+)
 from megatron_r1.config.grpo import GrpoConfig
+from megatron_r1.config.languages import HAN_PER_WORD, check_language
 from megatron_r1.config.model import ModelConfig, ParallelConfig, TokenizerConfig
-from megatron_r1.config.optim import CheckpointConfig, EvalSamplingConfig, OptimizerConfig, SamplingConfig
+from megatron_r1.config.optim import (
+    CheckpointConfig,
+    EvalSamplingConfig,
+    OptimizerConfig,
+    SamplingConfig,
+    SftOptimizerConfig,
+)
 
 
 class StageBase(Table):
@@ -50,8 +66,65 @@ class PretrainStage(TrainStage):
     """Weight of the multi-token-prediction loss, where the model has such layers (V3: 0.3, later 0.1)."""
 
 
+class SftStage(TrainStage):
+    """Supervised fine-tuning on conversations: cold start, the 800K mix, distillation.
+
+    The loss is the mean over all learned tokens of the global batch, so a long answer weighs more than a short one.
+    """
+
+    kind: Literal["sft"]
+    steps: NonNegativeInt = 0
+    """Optimizer steps in all. 0: as `epochs` says."""
+    epochs: PositiveFloat | None = None
+    """Instead of `steps`: passes over the data (the paper: 2 to 3), in ceil(rows x epochs / batch) steps. Rows that are
+    left out only when their turn comes (held out, too long) make the passes over the others a little more than this."""
+    optimizer: SftOptimizerConfig = SftOptimizerConfig()
+    data: ConversationsConfig
+    heldout: ConversationsConfig | None = None
+    """Conversations to measure the loss on after the last step; training leaves out every conversation that asks one
+    of their questions."""
+    format: Literal["chat", "r1", "deepseek"] = "chat"
+    """How a conversation is written. chat: the chat template of a Hugging Face tokenizer; r1: each question in
+    `template`, answers and thoughts in this project's <think> and <answer> tags; deepseek: DeepSeek's chat format. The
+    last two need no template in the tokenizer (char and byte: put their marks into tokenizer.tags)."""
+    template: str = R1_ZERO_TEMPLATE
+    """format = "r1" only: what a question is wrapped in: "r1-zero", "plain", or a text that contains `{prompt}`, as
+    `prompts.template` of the stages that sample from the model later. Later turns leave out r1-zero's introduction."""
+    turns: Literal["all", "last"] = "all"
+    """Assistant turns that are learned. A format that deletes the thoughts of earlier turns (DeepSeek's, Qwen3's) shows
+    the model each answer after a history without them: then "all" makes one sequence of each turn, "last" only one."""
+    batch: PositiveInt = 128
+    """Conversations of an optimizer step (the paper: 128; distillation: 64)."""
+    max_length: PositiveInt = 32768
+    """Longest sequence that is trained on, never more than the model has positions."""
+    too_long: Literal["skip", "truncate"] = "skip"
+    """A conversation with a longer sequence is left out, or cut there, which leaves its last answer without an end;
+    counted either way."""
+    mtp_loss: float = Field(default=0.1, ge=0)
+    """Weight of the multi-token-prediction loss, where the model has such layers (V3: 0.3, later 0.1)."""
+    expert_bias: Literal["frozen", "updated"] = "frozen"
+    """The aux-loss-free balancing bias of the router; DeepSeek-V3 left it alone from the end of pre-training on."""
+
+    @model_validator(mode="after")
+    def _steps_or_epochs(self) -> SftStage:
+        if (self.steps > 0) == (self.epochs is not None):
+            raise ValueError("give exactly one of `steps` and `epochs`")
+        return self
+
+    @model_validator(mode="after")
+    def _template(self) -> SftStage:
+        check_template(self.template)
+        if self.format != "r1" and self.template != R1_ZERO_TEMPLATE:
+            raise ValueError(f'`template` has no effect with format = "{self.format}"; it belongs to "r1"')
+        return self
+
+    def planned_steps(self, rows: int) -> int:
+        """Optimizer steps for a file of so many well-formed rows."""
+        return self.steps or math.ceil(rows * (self.epochs or 0) / self.batch)
+
+
 class GrpoStage(TrainStage):
-    """Reinforcement learning from rule rewards (R1-Zero)."""
+    """Reinforcement learning from rule rewards (R1-Zero; with the language reward, R1's first RL stage)."""
 
     kind: Literal["grpo"]
     prompts: PromptsConfig
@@ -104,6 +177,21 @@ class EvalStage(StageBase):
     """Seconds a verifier may take."""
     verifier_workers: PositiveInt = 4
     """Processes a replica judges answers in; none is started before a verifier needs one."""
+    default_language: str | None = None
+    """Measure language consistency as the reward of kind "language" does, with this target for prompts whose language
+    neither a column nor the words of the question tell. None: not measured."""
+    han_per_word: PositiveFloat = HAN_PER_WORD
+    """With default_language: Chinese characters that count as one word."""
+
+    @model_validator(mode="after")
+    def _language(self) -> EvalStage:
+        if self.default_language is not None:
+            check_language(self.default_language)
+        elif self.han_per_word != HAN_PER_WORD:
+            raise ValueError(
+                f"han_per_word = {self.han_per_word:g} without effect: set default_language too, or remove it"
+            )
+        return self
 
 
 class ExportStage(StageBase):
@@ -111,8 +199,8 @@ class ExportStage(StageBase):
 
     kind: Literal["export"]
     dtype: Literal["bf16", "fp16", "fp32", "fp8"] | None = None
-    """Of the weights; fp8: DeepSeek-V3's 128x128 blocks. None: as the model that `like` names, else as config.json says,
-    else as trained."""
+    """Of the weights; fp8: DeepSeek-V3's 128x128 blocks. None: as the model that `like` names, else as config.json
+    says, else as trained."""
     scales: Literal["fp32", "power-of-2"] | None = None
     """Of FP8 blocks: amax / 448, or the next power of two (ue8m0). None: as config.json says, else fp32."""
     like: Path | None = None
@@ -124,7 +212,9 @@ class ExportStage(StageBase):
     """Files that rank 0 writes at a time."""
 
 
-Stage = Annotated[PretrainStage | GrpoStage | RewardModelStage | EvalStage | ExportStage, Field(discriminator="kind")]
+Stage = Annotated[
+    PretrainStage | SftStage | GrpoStage | RewardModelStage | EvalStage | ExportStage, Field(discriminator="kind")
+]
 
 
 class RunConfig(Table):

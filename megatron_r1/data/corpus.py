@@ -17,12 +17,14 @@ from megatron_r1.config.data import CorpusConfig
 from megatron_r1.config.errors import UserError
 from megatron_r1.data.generators import Problem, Task, build_task, keyed_random
 from megatron_r1.data.heldout import question_hash
+from megatron_r1.data.wording import WORDINGS, thought_in
 
 MAX_EXCLUDED_RUN = 10_000
 """Held-out documents in a row after which the corpus is taken to hold nothing else."""
 
 
 TAG = r"</?(?:think|answer)>"
+_WAIT = rf"\bwait\b|{WORDINGS['zh'].wait}"
 
 
 class Document(NamedTuple):
@@ -92,6 +94,23 @@ STYLES: dict[str, Callable[[Writer], str]] = {
 }
 
 
+WORKED = ("steps", "plain_steps", "check")
+"""Styles with working, which can be put into words."""
+
+
+def _in_words(body: str, languages: tuple[str, str], rng: random.Random) -> str:
+    """A worked body with words before its steps, of the first language up to some word, of the second from there on.
+
+    "<think>5-6=-1;-1+9=8</think>..." -> "<think>first 5-6=-1;then -1+9=8;so 8</think>...".
+    """
+    tagged = re.fullmatch(r"<think>(.+)</think><answer>(.+)</answer>", body)
+    thought = f"{tagged[1]};so {tagged[2]}" if tagged else body
+    first, second = (thought_in(thought, language) for language in languages)
+    change = rng.randrange(1, len(first)) if languages[0] != languages[1] else len(first)
+    said = "".join([*first[:change], *second[change:]])
+    return _tagged(said, tagged[2]) if tagged else said
+
+
 class Corpus:
     """An endless iterator over documents; `position` is the index of the next one.
 
@@ -102,7 +121,7 @@ class Corpus:
             `excluded`.
 
     Raises:
-        UserError: an unknown style, task or option, or weights that are not positive.
+        UserError: an unknown style, task or option, weights that are not positive, mixing without two languages.
     """
 
     def __init__(self, config: CorpusConfig, seed: int, exclude: frozenset[str] = frozenset()) -> None:
@@ -113,6 +132,11 @@ class Corpus:
         self.position = 0
         self.excluded = 0
         self.task = build_task(config.task, config.options)
+        if config.mixed and (self.task.languages is None or len(self.task.languages.weights) < 2):
+            raise UserError(
+                f"corpus.mixed = {config.mixed:g} needs two languages to change between; set options.languages of the "
+                "task, as { en = 0.5, zh = 0.5 }, or remove mixed"
+            )
         self._styles = list(config.styles)
         self._bounds = list(accumulate(config.styles.values()))
 
@@ -122,7 +146,16 @@ class Corpus:
         problem = self.task.draw(rng)
         style = rng.choices(self._styles, cum_weights=self._bounds)[0]
         writer = Writer(self.task, problem, rng, self.config.error_rate, self.config.guess_accuracy)
-        return Document(problem.question, STYLES[style](writer), style)
+        body = STYLES[style](writer)
+        if self.task.languages is not None and style in WORKED:
+            body = _in_words(body, self._languages(problem.metadata["language"], rng), rng)
+        return Document(problem.question, body, style)
+
+    def _languages(self, language: str, rng: random.Random) -> tuple[str, str]:
+        """Those in which a thought begins and ends."""
+        assert self.task.languages is not None, "a task without words has no languages"
+        mixes = rng.random() < self.config.mixed
+        return language, self.task.languages.draw_other(language, rng) if mixes else language
 
     def __iter__(self) -> Corpus:
         return self
@@ -162,7 +195,7 @@ def classify_style(text: str) -> str:
             return "other"
         if not reasoning.strip():
             return "direct"
-        return "check" if re.search(r"\bwait\b", reasoning, re.IGNORECASE) else "steps"
+        return "check" if re.search(_WAIT, reasoning, re.IGNORECASE) else "steps"
     if not text.strip() or re.search(TAG, text):
         return "other"
     return "plain_steps" if re.search(r"[=;]", text) else "plain"

@@ -50,6 +50,28 @@ class HuggingFaceTokenizer:
         text: str = self.backend.decode(kept, skip_special_tokens=False, clean_up_tokenization_spaces=False)
         return text
 
+    def render_chat(self, messages: list[dict[str, str]], answering: bool) -> str:
+        """The text that the chat template makes of {role, content} messages; answering: up to the next answer.
+
+        Raises:
+            UserError: the template refuses them.
+        """
+        try:
+            from jinja2 import TemplateError
+        except ImportError as error:
+            raise UserError("chat templates need the library jinja2: pip install jinja2") from error
+        try:
+            text = self.backend.apply_chat_template(messages, tokenize=False, add_generation_prompt=answering)
+        except (TemplateError, TypeError, ValueError) as error:
+            roles = ", ".join(message["role"] for message in messages)
+            raise UserError(f"the chat template of {self.path} refuses the roles {roles}: {error}") from error
+        return str(text)
+
+    def special_ids(self) -> frozenset[int]:
+        """Ids of special tokens: end of sequence, ends of turns and the like."""
+        added = self.backend.added_tokens_decoder.items()
+        return frozenset([self.eos_id, *(index for index, token in added if token.special)])
+
     def info(self) -> dict[str, Any]:
         """Kind, path, sizes and the fingerprint of the whole vocabulary."""
         vocabulary = (f"{token}\t{index}" for token, index in sorted(self.backend.get_vocab().items()))

@@ -1,22 +1,26 @@
 """Readers of a user's files: rows by index (JSON lines, parquet, `datasets`) or streamed in order.
 
-Below `data/prompts.py` and `data/preference_pairs.py`, which turn rows into prompts or pairs. Everything is local:
-nothing here asks a network.
+Below `data/prompts.py`, `data/preference_pairs.py` and `data/conversations.py`, which turn rows into what they are
+called after. Everything is local: nothing here asks a network.
 """
 
 from __future__ import annotations
 
 import json
+import logging
 import os
 from array import array
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
-from megatron_r1.config.data import PairsConfig, PromptsConfig
+from megatron_r1.config.data import ConversationsConfig, FileConfig, PromptsConfig
 from megatron_r1.config.errors import UserError
 from megatron_r1.data.records import check_columns, check_row
+
+logger = logging.getLogger(__name__)
 
 BUILDERS = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".csv": "csv"}
 """Suffix -> builder of the `datasets` library."""
@@ -34,10 +38,37 @@ class Rows(Protocol):
         ...
 
 
+class BadRows:
+    """Counts rows that are left out because they are no good: each is reported, and one more than allowed an error."""
+
+    def __init__(self, allowed: int = 0) -> None:
+        self.allowed = allowed
+        self.count = 0
+
+    def passes(self, check: Callable[[], object]) -> bool:
+        """Whether `check` raises no UserError.
+
+        Raises:
+            UserError: it does, and no further row may be bad.
+        """
+        try:
+            check()
+        except UserError as error:
+            self.count += 1
+            if self.count > self.allowed:
+                more = f" (bad row {self.count}; max_bad_rows = {self.allowed})" if self.allowed else ""
+                raise UserError(f"{error}{more}") from error
+            logger.warning("left out, bad row %d of at most %d: %s", self.count, self.allowed, error)
+            return False
+        return True
+
+
 class JsonLines:
     """A JSON-lines file, checked whole at the start; memory holds the rows' byte offsets only."""
 
-    def __init__(self, path: Path, config: PromptsConfig | PairsConfig) -> None:
+    def __init__(self, path: Path, config: FileConfig, bad: BadRows | None = None) -> None:
+        """bad: takes rows that are no good; None: the first is an error."""
+        bad = BadRows() if bad is None else bad
         self.path = path
         self._offsets = array("Q")
         self._lines = array("Q")
@@ -46,8 +77,7 @@ class JsonLines:
             for number, line in enumerate(file, 1):
                 if len(self._offsets) == config.size:
                     break
-                if line.strip():
-                    check_row(self._parse(line, f"{path}:{number}"), config, f"{path}:{number}")
+                if line.strip() and bad.passes(partial(self._check, line, config, f"{path}:{number}")):
                     self._offsets.append(offset)
                     self._lines.append(number)
                 offset += len(line)
@@ -64,6 +94,9 @@ class JsonLines:
         """file:line of a row."""
         return f"{self.path}:{self._lines[index]}"
 
+    def _check(self, line: bytes, config: FileConfig, where: str) -> None:
+        check_row(self._parse(line, where), config, where)
+
     @staticmethod
     def _parse(line: bytes, where: str) -> Mapping[str, Any]:
         try:
@@ -78,7 +111,7 @@ class JsonLines:
 class TableRows:
     """Rows of a parquet file or a folder of them, memory-mapped."""
 
-    def __init__(self, path: Path, config: PromptsConfig | PairsConfig) -> None:
+    def __init__(self, path: Path, config: FileConfig) -> None:
         try:
             import pyarrow as pa
             import pyarrow.parquet as pq
@@ -106,7 +139,7 @@ class TableRows:
 class DatasetRows:
     """Rows of a `datasets` folder (`save_to_disk`) or of local json, parquet and csv files."""
 
-    def __init__(self, path: Path, config: PromptsConfig) -> None:
+    def __init__(self, path: Path, config: PromptsConfig | ConversationsConfig) -> None:
         self.path = path
         self._dataset = load_dataset(path, config, streaming=False)
         check_columns(self._dataset.column_names, config, str(path))
@@ -140,7 +173,7 @@ class RowStream:
             yield from self._dataset
 
 
-def require_file(config: PromptsConfig | PairsConfig) -> Path:
+def require_file(config: FileConfig) -> Path:
     """The path of a file source.
 
     Raises:
@@ -154,7 +187,7 @@ def require_file(config: PromptsConfig | PairsConfig) -> Path:
     return path
 
 
-def load_dataset(path: Path, config: PromptsConfig, streaming: bool) -> Any:
+def load_dataset(path: Path, config: PromptsConfig | ConversationsConfig, streaming: bool) -> Any:
     """A `datasets` Dataset, or an IterableDataset when streaming.
 
     Option `split` picks one of a saved DatasetDict.
@@ -191,7 +224,7 @@ def _readable(path: Path) -> Iterator[None]:
         raise UserError(f"{path}: `datasets` cannot read it ({type(error).__name__}: {error})") from error
 
 
-def _pick_split(saved: Mapping[str, Any], config: PromptsConfig, path: Path) -> Any:
+def _pick_split(saved: Mapping[str, Any], config: PromptsConfig | ConversationsConfig, path: Path) -> Any:
     split: Any = config.options.get("split")
     if split is None and len(saved) == 1:
         return next(iter(saved.values()))

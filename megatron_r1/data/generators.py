@@ -13,6 +13,7 @@ from collections.abc import Mapping
 from typing import Any, NamedTuple, Protocol
 
 from megatron_r1.config.errors import UserError
+from megatron_r1.data.wording import Languages, question_in
 
 CHAIN_SLIPS = (-10, -2, -1, 1, 2, 10)
 """How far a wrong step lands from the right number: a miscount or a lost carry."""
@@ -31,6 +32,7 @@ class Task(Protocol):
 
     name: str  # its key in TASKS
     verifier: str  # of its answers
+    languages: Languages | None  # of its questions and their working; None: without words
 
     def draw(self, rng: random.Random) -> Problem:
         """A problem made from these random numbers."""
@@ -53,23 +55,25 @@ class ChainSum:
     """Sums of several numbers: "5-6+9=?" -> "8".
 
     Options: terms (6), an integer or [fewest, most]; digits (1) of each number, likewise;
-    allow_negation (true), whether terms after the first may be subtracted. One-digit terms run
-    from 1 to 9.
+    allow_negation (true), whether terms after the first may be subtracted; languages, a table of
+    language = weight: questions then begin with a word, "compute 5-6+9=?" or "计算5-6+9=?", and
+    metadata["language"] names the language. One-digit terms run from 1 to 9.
     """
 
     name = "chain_sum"
     verifier = "integer"
 
     def __init__(self, options: Mapping[str, Any]) -> None:
-        _check_options(self.name, options, ("terms", "digits", "allow_negation"))
+        _check_options(self.name, options, ("terms", "digits", "allow_negation", "languages"))
         self.terms = _integer_range(self.name, options, "terms", default=6, least=2)
         self.digits = _integer_range(self.name, options, "digits", default=1, least=1)
         self.allow_negation = options.get("allow_negation", True)
         if not isinstance(self.allow_negation, bool):
             raise UserError(f"task chain_sum: allow_negation = {self.allow_negation!r}; allowed are true and false")
+        self.languages = Languages(self.name, options["languages"]) if "languages" in options else None
 
     def draw(self, rng: random.Random) -> Problem:
-        """Terms and digits uniform in their ranges, each sign a fair coin."""
+        """Terms and digits uniform in their ranges, each sign a fair coin; then a language, where there are any."""
         operands = []
         for i in range(rng.randint(*self.terms)):
             digits = rng.randint(*self.digits)
@@ -77,7 +81,11 @@ class ChainSum:
             negative = i > 0 and self.allow_negation and rng.random() < 0.5
             operands.append(-number if negative else number)
         question = str(operands[0]) + "".join(map(_signed, operands[1:])) + "=?"
-        return Problem(question, str(sum(operands)), {"operands": operands, "terms": len(operands)})
+        metadata = {"operands": operands, "terms": len(operands)}
+        if self.languages is None:
+            return Problem(question, str(sum(operands)), metadata)
+        language = self.languages.draw(rng)
+        return Problem(question_in(language, question), str(sum(operands)), metadata | {"language": language})
 
     def work(self, problem: Problem, rng: random.Random, error_rate: float, backwards: bool) -> tuple[str, str]:
         """Partial sums: "5-6=-1;-1+9=8"."""
@@ -116,6 +124,7 @@ class CountLetters:
             raise UserError(
                 f"task count_letters: letters = {options['letters']!r}; allowed is one integer from 2 to 26"
             )
+        self.languages: Languages | None = None
         self.alphabet = "abcdefghijklmnopqrstuvwxyz"[:letters]
 
     def draw(self, rng: random.Random) -> Problem:

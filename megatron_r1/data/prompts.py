@@ -100,7 +100,15 @@ class PromptMaker:
         self.template = config.template
         self.tokenizer = tokenizer
 
-    def __call__(self, name: str, question: str, answer: str | None, verifier: str, metadata: dict[str, Any]) -> Prompt:
+    def __call__(
+        self,
+        name: str,
+        question: str,
+        answer: str | None,
+        verifier: str,
+        metadata: dict[str, Any],
+        language: str | None = None,
+    ) -> Prompt:
         """The prompt of this id.
 
         Raises:
@@ -121,6 +129,7 @@ class PromptMaker:
             answer=answer,
             verifier=verifier,
             metadata=metadata,
+            language=language,
         )
 
 
@@ -149,7 +158,8 @@ class ProceduralPrompts:
     def __getitem__(self, index: int) -> Prompt:
         _check_index(index, self._length, self.name)
         question, answer, metadata = self._problem(index)
-        return self._make(f"{self.name}:{index}", question, answer, self._verifier, metadata)
+        # A generator says in which language it asks; reasoning-gym has no such key.
+        return self._make(f"{self.name}:{index}", question, answer, self._verifier, metadata, metadata.get("language"))
 
 
 class FilePrompts:
@@ -211,7 +221,8 @@ class StreamingSource:
 
 def _from_row(name: str, row: Mapping[str, Any], where: str, config: PromptsConfig, make: PromptMaker) -> Prompt:
     record = read_record(row, config, where)
-    return make(name, record.question, record.answer, config.verifier or FILE_VERIFIER, record.metadata)
+    verifier = config.verifier or FILE_VERIFIER
+    return make(name, record.question, record.answer, verifier, record.metadata, record.language)
 
 
 def _check_index(index: int, length: int, name: str) -> None:

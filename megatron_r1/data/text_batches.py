@@ -55,6 +55,10 @@ class TextBatches:
         self._taken += 1
         return self._pool[self._taken - 1]
 
+    def metrics(self) -> dict[str, float]:
+        """What was left out so far."""
+        return {"data/held_out_skips": float(self.excluded)}
+
     def state(self) -> dict[str, Any]:
         """Where the next batch comes from, as JSON."""
         return {**self._pool_start, "taken": self._taken}

@@ -51,7 +51,7 @@ def build_tokenizer(config: TokenizerConfig) -> Tokenizer:
         UserError: bad tags, a missing or unreadable file or library, no end-of-sequence token.
     """
     if config.kind == "char":
-        return CharTokenizer(config.tags)
+        return CharTokenizer(config.tags, config.characters)
     if config.kind == "byte":
         return ByteTokenizer(config.tags)
     path = config.path
@@ -141,11 +141,32 @@ class _SymbolTokenizer(ABC):
 
 
 class CharTokenizer(_SymbolTokenizer):
-    """One token per character of `CHARACTERS`, one per tag: about 100 tokens."""
+    """One token per character of `CHARACTERS` and of `more`, one per tag: about 100 tokens.
 
-    def __init__(self, tags: Sequence[str]) -> None:
-        super().__init__("char", tags, len(CHARACTERS))
-        self._char_ids = {char: self.offset + i for i, char in enumerate(CHARACTERS)}
+    Raises UserError if `more` repeats a character.
+    """
+
+    def __init__(self, tags: Sequence[str], more: str = "") -> None:
+        for i, char in enumerate(more):
+            if char in CHARACTERS or char in more[:i]:
+                raise UserError(
+                    f"tokenizer.characters: {char!r} is there already; name each further character once, newline and "
+                    "printable ASCII never"
+                )
+        self.more = more
+        self.characters = CHARACTERS + more
+        super().__init__("char", tags, len(self.characters))
+        self._char_ids = {char: self.offset + i for i, char in enumerate(self.characters)}
+
+    def info(self) -> dict[str, Any]:
+        """Those of the alphabet and, where it was extended, by what."""
+        if not self.more:
+            return super().info()
+        extended = {
+            "characters": self.more,
+            "fingerprint": fingerprint([self.name, *self.tags, "characters", self.more]),
+        }
+        return super().info() | extended
 
     def _encode_ordinary(self, text: str, start: int, end: int) -> list[int]:
         try:
@@ -154,12 +175,12 @@ class CharTokenizer(_SymbolTokenizer):
             at = next(i for i in range(start, end) if text[i] not in self._char_ids)
             raise UserError(
                 f"the char tokenizer has no token for {text[at]!r} (U+{ord(text[at]):04X}) at "
-                f"position {at} of {_excerpt(text, at)!r}; it knows newline and printable ASCII. "
-                'Use tokenizer.kind = "byte" for any other text'
+                f"position {at} of {_excerpt(text, at)!r}; it knows newline, printable ASCII and what "
+                'tokenizer.characters adds. Add it there, or use tokenizer.kind = "byte" for any text'
             ) from None
 
     def _decode_ordinary(self, symbols: Sequence[int]) -> str:
-        return "".join([CHARACTERS[symbol] for symbol in symbols])
+        return "".join([self.characters[symbol] for symbol in symbols])
 
 
 class ByteTokenizer(_SymbolTokenizer):

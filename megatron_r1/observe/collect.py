@@ -10,6 +10,7 @@ from __future__ import annotations
 import heapq
 import json
 import math
+import re
 import tomllib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -20,7 +21,7 @@ from megatron_r1.config.errors import UserError
 from megatron_r1.observe.axes import Point
 from megatron_r1.observe.charts import Series
 from megatron_r1.observe.metrics import read_metrics
-from megatron_r1.observe.names import METRICS, format_value
+from megatron_r1.observe.names import METRICS, Metric, format_value, language_of
 from megatron_r1.observe.rollouts import iterate_rollouts, rollout_files
 from megatron_r1.observe.rundir import Departure, RunDir, StageDir, StageState
 
@@ -159,23 +160,34 @@ def evaluation_table(states: Sequence[StageState]) -> EvaluationTable | None:
     if not done:
         return None
     rows: list[list[str]] = []
-    for name, metric in METRICS.items():
-        if not name.startswith("eval/") or all(state.result.get(name) is None for state in done):
-            continue
+    for name, metric in _evaluation_metrics(done).items():
         values = [state.result.get(name) for state in done]
         label = evaluation_label(name, done[0].result.get("eval/k"))
         rows.append([label, *("-" if v is None else format_value(float(v), metric.unit) for v in values)])
     return EvaluationTable(columns=["", *(state.name for state in done)], rows=rows)
 
 
+def _evaluation_metrics(states: Sequence[StageState]) -> dict[str, Metric]:
+    # in the order of METRICS, each language after the mean over all
+    written = sorted({name for state in states for name, value in state.result.items() if value is not None})
+    found: dict[str, Metric] = {}
+    for metric, meaning in METRICS.items():
+        if metric.startswith("eval/"):
+            found |= {name: meaning for name in written if name == metric}
+            found |= {name: meaning for name in written if language_of(name) and name.rpartition("/")[0] == metric}
+    return found
+
+
 def evaluation_label(name: str, k: float | None) -> str:
     """What people call an eval metric: ("eval/cons_at_k", 16) -> "cons@16", ("eval/pass_at_1", 16)
-    -> "pass@1".
+    -> "pass@1", ("eval/language/zh", 16) -> "language zh".
     """
+    if not name.startswith("eval/"):
+        return name
     what = name.removeprefix("eval/")
     shown = "k" if k is None else f"{k:g}"
     named = {"pass_at_1": "pass@1", "cons_at_k": f"cons@{shown}", "pass_at_k": f"pass@{shown}"}
-    return named.get(what, "samples a problem" if what == "k" else what)
+    return named.get(what, "samples a problem" if what == "k" else re.sub("[_/]", " ", what))
 
 
 def learning_curve(stages: Sequence[StageView], config: dict[str, Any]) -> Curve:

@@ -1,7 +1,8 @@
 """Every metric a run may write, with its unit and meaning: the one list that writers, progress,
 report and docs use.
 
-A name is `group/what`, or `group/what/layer_N` for those in PER_LAYER. `MetricsWriter` refuses a
+A name is `group/what`, `group/what/layer_N` for those in PER_LAYER, or `group/what/zh` for those in
+PER_LANGUAGE. `MetricsWriter` refuses a
 name that is not here, so a typing mistake cannot split a curve in two. Means are over the whole
 rollout phase or global batch, never over one rank.
 """
@@ -9,6 +10,8 @@ rollout phase or global batch, never over one rank.
 from __future__ import annotations
 
 from typing import Literal, NamedTuple
+
+from megatron_r1.config.languages import LANGUAGES
 
 Unit = Literal["share", "count", "tokens", "tokens/s", "nats", "s", "reward", "GiB", "ratio", "1"]
 """share: 0..1, shown as per cent; nats: per token, natural log; reward: in units of the weighted
@@ -30,6 +33,9 @@ METRICS: dict[str, Metric] = {
     "reward/accuracy": Metric("share", "completions whose answer the verifier calls correct (training pass@1)"),
     "reward/majority": Metric("share", "groups whose most frequent answer is correct (training cons@G)"),
     "reward/format": Metric("share", "completions in the asked format"),
+    "reward/language": Metric("share", "mean share of the target language in the words of a chain of thought"),
+    "reward/language_no_words": Metric("share", "completions whose thought has no words (each counts 1 above)"),
+    "reward/language_prompts": Metric("share", "prompts with a target language; written for each language alone"),
     "reward/overlong": Metric("reward", "mean penalty for too long completions, zero or negative"),
     # groups and verdicts
     "groups/no_signal": Metric("share", "groups whose rewards are all equal: no gradient from the reward"),
@@ -66,6 +72,7 @@ METRICS: dict[str, Metric] = {
     # losses
     "loss/total": Metric("1", "the loss that was differentiated"),
     "loss/lm": Metric("nats", "next-token cross-entropy"),
+    "loss/heldout": Metric("nats", "next-token cross-entropy of learned tokens that were not trained on"),
     "loss/mtp": Metric("nats", "cross-entropy of the multi-token-prediction layers, mean over depths"),
     "loss/pairwise": Metric("nats", "Bradley-Terry loss of the preference pairs; log 2 = 0.693: no preference learned"),
     # reward models, over the pairs of the global batch
@@ -86,10 +93,14 @@ METRICS: dict[str, Metric] = {
     "moe/dropped": Metric("share", "assignments to experts dropped for lack of capacity"),
     "moe/replay_coverage": Metric("share", "assignments replayed, of those that replay was asked for"),
     "moe/replay_agreement": Metric("share", "replayed assignments that the router would have chosen itself"),
-    "data/held_out_skips": Metric("count", "prompts, documents or pairs skipped so far because they are held out"),
-    "data/too_long": Metric("count", "preference pairs left out so far for a sequence longer than max_length"),
+    "data/held_out_skips": Metric("count", "prompts, documents, pairs, conversations skipped so far as held out"),
+    "data/too_long": Metric("count", "pairs or conversations left out so far for a sequence longer than max_length"),
+    "data/truncated": Metric("count", "conversations cut so far at max_length"),
+    "data/bad_rows": Metric("count", "rows left out: malformed, or not to be written in the chat format"),
+    "data/epoch": Metric("1", "passes over the data so far"),
     # speed
     "train/tokens": Metric("tokens", "tokens of the global batch, padding not counted"),
+    "train/learned_share": Metric("share", "tokens of the global batch that the loss covers"),
     "train/tokens_per_second": Metric("tokens/s", "tokens trained on a second, all ranks together"),
     "time/step": Metric("s", "wall time of the optimizer step, everything included"),
     "time/rollout": Metric("s", "wall time of sampling"),
@@ -103,6 +114,9 @@ METRICS: dict[str, Metric] = {
     "eval/cons_at_k": Metric("share", "problems whose most frequent answer of k is correct"),
     "eval/pass_at_k": Metric("share", "problems with at least one correct answer of k"),
     "eval/format": Metric("share", "completions in the asked format"),
+    "eval/language": Metric("share", "mean share of the target language in the words of a chain of thought"),
+    "eval/language_no_words": Metric("share", "completions whose thought has no words (each counts 1 above)"),
+    "eval/language_prompts": Metric("share", "problems with a target language; written for each language alone"),
     "eval/truncated": Metric("share", "completions cut at max_new_tokens"),
     "eval/unknown": Metric("share", "completions on which the verifier gave no verdict"),
     "eval/length": Metric("tokens", "mean length of a completion"),
@@ -115,10 +129,24 @@ PER_LAYER = frozenset(("moe/max_violation", "moe/load_min", "moe/entropy", "moe/
 """Metrics that may also be written for one decoder layer, counted from 0: "moe/entropy/layer_3"."""
 
 
+PER_LANGUAGE = frozenset(("reward/language", "reward/language_prompts", "eval/language", "eval/language_prompts"))
+"""Metrics that may also be written for the prompts of one target language: "reward/language/zh"."""
+
+
 def is_known(name: str) -> bool:
-    """Whether a run may write this name: one of METRICS, or a layer's own of those in PER_LAYER."""
+    """Whether a run may write this name: one of METRICS, or one layer's or language's own of those in PER_LAYER or
+    PER_LANGUAGE.
+    """
     whole, _, layer = name.partition("/layer_")
-    return name in METRICS or (whole in PER_LAYER and layer.isascii() and layer.isdigit())
+    return (
+        name in METRICS or (whole in PER_LAYER and layer.isascii() and layer.isdigit()) or language_of(name) is not None
+    )
+
+
+def language_of(name: str) -> str | None:
+    """The language that a per-language name ends in: "reward/language/zh" -> "zh"; None for any other."""
+    whole, _, code = name.rpartition("/")
+    return code if whole in PER_LANGUAGE and code in LANGUAGES else None
 
 
 def check_names(names: list[str]) -> None:

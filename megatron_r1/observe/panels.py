@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 from megatron_r1.observe.charts import Series, line_chart
 from megatron_r1.observe.collect import Curve, StageView
-from megatron_r1.observe.names import METRICS, Unit
+from megatron_r1.observe.names import METRICS, Unit, language_of
 
 
 class Panel(NamedTuple):
@@ -28,6 +28,7 @@ PANELS: tuple[Panel, ...] = (
             "reward/majority": "majority vote",
         },
     ),
+    Panel("Words of the thought in its language", {"reward/language": "all prompts"}),
     Panel("Mean reward", {"reward/mean": "mean reward"}),
     Panel(
         "Response length",
@@ -40,6 +41,7 @@ PANELS: tuple[Panel, ...] = (
     Panel("KL to the reference", {"policy/kl": "KL"}),
     Panel("Entropy", {"policy/entropy": "entropy"}),
     Panel("Language-model loss", {"loss/lm": "next token"}),
+    Panel("Tokens that are learned", {"train/learned_share": "of the global batch"}),
     Panel("Multi-token-prediction loss", {"loss/mtp": "tokens after the next"}),
     Panel("Policy loss", {"loss/total": "KL term included"}),
     Panel("Pairwise loss", {"loss/pairwise": "training pairs"}),
@@ -110,12 +112,18 @@ def stage_charts(stage: StageView) -> list[str]:
     for panel in PANELS:
         series = [
             Series(name=label, points=points, smoothed=panel.smoothed)
-            for name, label in panel.metrics.items()
+            for name, label in (panel.metrics | _languages(panel, stage)).items()
             if (points := stage.series(name))
         ]
         if series:
             charts.append(line_chart(panel.title, series, METRICS[next(iter(panel.metrics))].unit))
     return charts
+
+
+def _languages(panel: Panel, stage: StageView) -> dict[str, str]:
+    """Metric name -> label of the languages that a stage has written a panel's metrics for."""
+    found = sorted({name for row in stage.rows for name in row if language_of(name)})
+    return {name: str(language_of(name)) for name in found if name.rpartition("/")[0] in panel.metrics}
 
 
 def curve_charts(curve: Curve, hover: bool) -> list[str]:

@@ -29,6 +29,7 @@ Cell = str | int | float | None
 SHOWN: dict[str, str] = {
     "reward/mean": "reward",
     "reward/accuracy": "accuracy",
+    "reward/language": "language",
     "eval/pass_at_1": "pass@1",
     "loss/lm": "loss",
     "loss/pairwise": "loss",

@@ -13,6 +13,7 @@ import json
 import os
 import re
 from collections.abc import Iterator, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -75,6 +76,7 @@ def _record(step: int, prompt: Prompt, index: int, completion: Completion, advan
     score = completion.score
     if score is None:
         raise ValueError(f"completion {index} of {prompt.id} has no score; score a phase, then write it")
+    use = score.language  # of all completions of a stage or of none
     return {
         "step": step,
         "prompt_id": prompt.id,
@@ -91,6 +93,7 @@ def _record(step: int, prompt: Prompt, index: int, completion: Completion, advan
         "extracted": score.verdict.extracted or "",
         "verdict_detail": score.verdict.detail,
         "advantage": None if advantage is None else float(advantage),
+        **({} if use is None else {"language": asdict(use)}),
     }
 
 

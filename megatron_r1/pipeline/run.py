@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import logging
 from itertools import islice
 from pathlib import Path
 
@@ -19,12 +20,14 @@ from megatron_r1.config.run import (
     PretrainStage,
     RewardModelStage,
     RunConfig,
+    SftStage,
     Stage,
     TrainStage,
 )
 from megatron_r1.config.validate import check_layout
 from megatron_r1.convert.hf_files import is_hf
 from megatron_r1.convert.source import is_megatron, open_source
+from megatron_r1.data.conversations import Conversations, open_batches, open_heldout
 from megatron_r1.data.corpus import Corpus
 from megatron_r1.data.preference_pairs import PairBatches, PreferencePairs
 from megatron_r1.data.prompts import PromptSource, open_prompts
@@ -34,8 +37,13 @@ from megatron_r1.model.megatron_traps import check_traps
 from megatron_r1.model.precision import check_precision, row_alignment, row_multiple, transformer_engine_installed
 from megatron_r1.model.presets import Architecture, architecture, load_architecture
 
+logger = logging.getLogger(__name__)
+
 SHAPE_KEYS = ("model_type", "hidden_size", "num_hidden_layers", "vocab_size")
 """Keys of config.json in which two different models differ at least."""
+
+
+_CONVERSATIONS_TRIED = 4  # of a file, written and tokenised before the start
 
 
 def preflight(config: RunConfig, processes: int) -> tuple[Architecture, Tokenizer]:
@@ -66,6 +74,8 @@ def preflight(config: RunConfig, processes: int) -> tuple[Architecture, Tokenize
         if isinstance(stage, PretrainStage):
             for corpus in stage.corpus:
                 next(Corpus(corpus, config.seed))
+        elif isinstance(stage, SftStage):
+            _check_conversations(stage, tokenizer, arch)
         elif isinstance(stage, RewardModelStage):
             _check_pairs(stage, config, tokenizer, arch)
         elif isinstance(stage, (GrpoStage, EvalStage)):
@@ -78,6 +88,17 @@ def preflight(config: RunConfig, processes: int) -> tuple[Architecture, Tokenize
     return arch, tokenizer
 
 
+def with_steps(config: RunConfig) -> RunConfig:
+    """The recipe with the steps of stages that ask for `epochs`, counted on their files."""
+    stages = [
+        stage.model_copy(update={"steps": stage.planned_steps(len(Conversations(stage.data)))})
+        if isinstance(stage, SftStage) and stage.epochs is not None
+        else stage
+        for stage in config.stage
+    ]
+    return config.model_copy(update={"stage": stages})
+
+
 def start_of(config: RunConfig, index: int, run_dir: Path) -> Path | None:
     """The folder of the stage, or of checkpoints, that stage `index` starts from; None: fresh weights.
 
@@ -87,7 +108,7 @@ def start_of(config: RunConfig, index: int, run_dir: Path) -> Path | None:
     earlier = {s.name: s for s in config.stage[:index]}
     if stage.init_from is not None:
         return run_dir / stage.init_from if stage.init_from in earlier else Path(stage.init_from)
-    trained = [s.name for s in config.stage[:index] if isinstance(s, (PretrainStage, GrpoStage))]
+    trained = [s.name for s in config.stage[:index] if isinstance(s, (PretrainStage, SftStage, GrpoStage))]
     return run_dir / trained[-1] if trained else None
 
 
@@ -168,6 +189,23 @@ def _check_pairs(stage: RewardModelStage, config: RunConfig, tokenizer: Tokenize
         if pairs is not None:
             source = PreferencePairs(pairs, tokenizer)
             PairBatches(source, shuffle=False, seed=0, exclude=frozenset(), max_tokens=longest).take(1)
+
+
+def _check_conversations(stage: SftStage, tokenizer: Tokenizer, arch: Architecture) -> None:
+    """Open the files, which checks every row, and write and tokenise some conversations."""
+    positions = arch["max_position_embeddings"]
+    batches = open_batches(stage, tokenizer, positions)
+    last = batches.take(min(_CONVERSATIONS_TRIED, stage.batch))[-1].token_ids[-1]
+    if last != tokenizer.eos_id and not (stage.too_long == "truncate" and batches.truncated):
+        end = tokenizer.decode([last])
+        logger.warning(
+            "stage.%s: a turn ends with %r, which is not the tokenizer's end of sequence: a grpo or eval stage ends "
+            "its completions there only with sampling.stop = [%r], or with that eos_token in tokenizer_config.json",
+            *(stage.name, end, end),
+        )
+    heldout = open_heldout(stage, tokenizer, positions)
+    if heldout is not None:
+        heldout.take(1)
 
 
 def _check_lengths(stage: GrpoStage | EvalStage, arch: Architecture) -> None:

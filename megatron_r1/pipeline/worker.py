@@ -13,11 +13,20 @@ from pathlib import Path
 from typing import Any
 
 from megatron_r1.config.errors import RunFailed, UserError
-from megatron_r1.config.run import EvalStage, GrpoStage, PretrainStage, RewardModelStage, RunConfig, Stage, TrainStage
+from megatron_r1.config.run import (
+    EvalStage,
+    GrpoStage,
+    PretrainStage,
+    RewardModelStage,
+    RunConfig,
+    SftStage,
+    Stage,
+    TrainStage,
+)
 from megatron_r1.model import kernels
 from megatron_r1.model.presets import Architecture
 from megatron_r1.observe.rundir import RunDir, StageState
-from megatron_r1.pipeline.run import checkpoint_of, preflight, start_of
+from megatron_r1.pipeline.run import checkpoint_of, preflight, start_of, with_steps
 
 logger = logging.getLogger(__name__)
 
@@ -82,6 +91,7 @@ def _run_stages(config: RunConfig, run: RunDir, world: Any) -> None:
     from megatron_r1.train.stopping import Stopped, StopRequest, forget_stop_file
 
     arch, tokenizer = preflight(config, world.size)
+    config = with_steps(config)
     evals = [stage for stage in config.stage if isinstance(stage, EvalStage)]
     heldout = heldout_ids(prompt for stage in evals for prompt in heldout_prompts(stage, tokenizer))
     states = _states(config, run)
@@ -123,6 +133,7 @@ def _run_stage(stage: Stage, index: int, context: Any) -> None:
     from megatron_r1.train.grpo import grpo
     from megatron_r1.train.pretrain import pretrain
     from megatron_r1.train.reward_model import reward_model
+    from megatron_r1.train.sft import sft
     from megatron_r1.train.stopping import Stopped
 
     run, rank = context.run, context.world.rank
@@ -133,6 +144,8 @@ def _run_stage(stage: Stage, index: int, context: Any) -> None:
     try:
         if isinstance(stage, PretrainStage):
             result = pretrain(stage, context, start)
+        elif isinstance(stage, SftStage):
+            result = sft(stage, context, start)
         elif isinstance(stage, GrpoStage):
             result = grpo(stage, context, start)
         elif isinstance(stage, RewardModelStage):

@@ -1,3 +1,3 @@
-"""Rule-based rewards: a completion's answer is extracted, judged, and mixed with the format into
-one score.
+"""Rule-based rewards: a completion's answer is extracted, judged, and mixed with its format and
+the language of its thought into one score.
 """

@@ -19,8 +19,9 @@ from megatron_r1.rewards.accuracy import KILLABLE, SHORTCUTS, VERIFIERS, guarded
 from megatron_r1.rewards.canonical import vote_key
 from megatron_r1.rewards.extract import extract_answer
 from megatron_r1.rewards.format import format_reward
+from megatron_r1.rewards.language import language_use, target_language
 from megatron_r1.rewards.workers import Job, VerifierPool
-from megatron_r1.types import Completion, Group, Prompt, Score, Verdict
+from megatron_r1.types import Completion, Group, LanguageUse, Prompt, Score, Verdict
 
 NO_ANSWER = "no answer"
 NOT_JUDGED = "no accuracy reward"
@@ -63,11 +64,12 @@ class Scorer:
                 )
         if not kinds:
             raise UserError(
-                'no [[stage.reward]] is given; add at least one with kind "accuracy" or "format", '
+                'no [[stage.reward]] is given; add at least one with kind "accuracy", "format" or "language", '
                 "or every completion has the reward 0 and nothing is learned"
             )
         self._rewards = list(rewards)
         self._accuracy = next((reward for reward in rewards if reward.kind == "accuracy"), None)
+        self._language = next((reward for reward in rewards if reward.kind == "language"), None)
         self._pool = pool
 
     def score_groups(self, groups: Sequence[Group]) -> RewardStats:
@@ -84,9 +86,10 @@ class Scorer:
         counts: Counter[str] = Counter({"correct": 0, "wrong": 0, "unknown": 0})
         reasons: Counter[str] = Counter()
         for group, group_answers in zip(groups, answers, strict=True):
-            for completion, answer in zip(group.completions, group_answers, strict=True):
+            uses = self._language_uses(group)
+            for completion, answer, use in zip(group.completions, group_answers, uses, strict=True):
                 verdict = self._verdict(group.prompt, answer, verdicts)
-                completion.score = self._score(completion, verdict)
+                completion.score = self._score(completion, verdict, use)
                 counts[verdict.status] += 1
                 if verdict.status == "unknown":
                     reasons[verdict.detail.split(":")[0]] += 1
@@ -132,17 +135,28 @@ class Scorer:
         # A copy: completions share no mutable object.
         return replace(verdicts[_key(prompt, answer)])
 
-    def _score(self, completion: Completion, verdict: Verdict) -> Score:
+    def _language_uses(self, group: Group) -> list[LanguageUse] | list[None]:
+        """[G] words of each thought; without a language reward they are not counted."""
+        if self._language is None:
+            return [None] * len(group.completions)
+        han_per_word = self._language.han_per_word
+        target = target_language(group.prompt, self._language.default_language, han_per_word)
+        return [language_use(completion, target, han_per_word) for completion in group.completions]
+
+    def _score(self, completion: Completion, verdict: Verdict, use: LanguageUse | None) -> Score:
         parts: dict[str, float] = {}
         for reward in self._rewards:
             if reward.kind == "format":
                 raw = float(format_reward(completion))
+            elif reward.kind == "language":
+                assert use is not None, "the language reward counts words"
+                raw = use.share
             elif verdict.status == "unknown":
                 raw = reward.unknown
             else:
                 raw = float(verdict.status == "correct")
             parts[reward.kind] = reward.weight * raw
-        return Score(total=sum(parts.values()), parts=parts, verdict=verdict)
+        return Score(total=sum(parts.values()), parts=parts, verdict=verdict, language=use)
 
 
 def _key(prompt: Prompt, answer: str) -> _Key:

@@ -7,6 +7,7 @@ cons@k the accuracy of the majority vote. pass@k is the unbiased estimator of Ch
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Iterator
 from itertools import islice
 
 from megatron_r1.algorithms.pass_at_k import cons_at_k, pass_at_1, pass_at_k
@@ -18,6 +19,7 @@ from megatron_r1.data.cursor import epoch_order
 from megatron_r1.data.prompts import PromptSource, open_prompts
 from megatron_r1.data.tokenizers import Tokenizer
 from megatron_r1.parallel.world import World
+from megatron_r1.rewards.language import language_metrics
 from megatron_r1.rewards.mixer import Scorer
 from megatron_r1.rewards.workers import VerifierPool
 from megatron_r1.rollout.engine import Progress, RolloutEngine
@@ -55,13 +57,19 @@ def evaluate(
     completions = engine.generate(mine, stage.k, stage.sampling, seed, progress)
     groups = [Group(prompt=p, completions=c) for p, c in zip(mine, completions, strict=True)]
     if world.is_leader:
-        rewards = [RewardConfig(kind="accuracy", deadline=stage.deadline), RewardConfig(kind="format")]
         with VerifierPool(stage.verifier_workers) as pool:
-            Scorer(rewards, pool).score_groups(groups)
+            Scorer(list(_measured(stage)), pool).score_groups(groups)
     found = {g.prompt.id: g for part in world.all_gather_replicas(world.broadcast_in_replica(groups)) for g in part}
     judged = [found[prompt.id] for prompt in prompts]
     styles = Counter(classify_style(c.text) for group in judged for c in group.completions)
     return evaluation_metrics(judged, stage.k), dict(styles), judged
+
+
+def _measured(stage: EvalStage) -> Iterator[RewardConfig]:
+    yield RewardConfig(kind="accuracy", deadline=stage.deadline)
+    yield RewardConfig(kind="format")
+    if (language := stage.default_language) is not None:
+        yield RewardConfig(kind="language", default_language=language, han_per_word=stage.han_per_word)
 
 
 def evaluation_metrics(groups: list[Group], k: int) -> dict[str, float]:
@@ -81,4 +89,5 @@ def evaluation_metrics(groups: list[Group], k: int) -> dict[str, float]:
         "eval/length": sum(len(c.token_ids) for c in completions) / len(completions),
         "eval/k": float(k),
         "eval/problems": float(len(groups)),
+        **language_metrics(groups, "eval/language"),
     }

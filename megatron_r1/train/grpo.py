@@ -107,7 +107,8 @@ def grpo(stage: GrpoStage, context: RunContext, start: Path | None) -> dict[str,
                 phase = None
             loop.end_of_step(partial(_loop_state, cursor, phase))
         return loop.closing(
-            "reward/mean", "reward/accuracy", "reward/format", "rollout/length", "policy/kl", "policy/entropy"
+            *("reward/mean", "reward/accuracy", "reward/format", "reward/language", "rollout/length"),
+            *("policy/kl", "policy/entropy"),
         )
 
 

@@ -25,6 +25,7 @@ from megatron_r1.config.grpo import AdvantageConfig
 from megatron_r1.config.run import GrpoStage
 from megatron_r1.data.cursor import PromptCursor
 from megatron_r1.parallel.world import World
+from megatron_r1.rewards.language import language_metrics
 from megatron_r1.rewards.mixer import Scorer
 from megatron_r1.rollout.engine import Progress, RolloutEngine
 from megatron_r1.types import Group, Prompt, Sample
@@ -236,6 +237,7 @@ def group_metrics(groups: list[Group]) -> dict[str, float]:
         "groups/no_signal": _mean([not signal(group).keep for group in groups]),
         "groups/all_correct": _mean([all(_statuses(group, "correct")) for group in groups]),
         "groups/all_wrong": _mean([not any(_statuses(group, "correct")) for group in groups]),
+        **language_metrics(groups, "reward/language"),
     }
     if scores and "format" in scores[0].parts:
         metrics["reward/format"] = _mean([score.parts["format"] != 0 for score in scores])

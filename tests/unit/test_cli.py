@@ -48,7 +48,8 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str, Any]]:
         types.ModuleType("megatron_r1.pipeline.run"),
         types.ModuleType("megatron_r1.pipeline.worker"),
     )
-    run.preflight, worker.main = preflight, worker_main  # type: ignore[attr-defined]
+    run.preflight, run.with_steps = preflight, lambda config: config  # type: ignore[attr-defined]
+    worker.main = worker_main  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, run.__name__, run)
     monkeypatch.setitem(sys.modules, worker.__name__, worker)
     monkeypatch.setattr("megatron_r1.pipeline.worker", worker, raising=False)
@@ -100,7 +101,7 @@ def test_run_writes_its_files_and_starts_the_layouts_ranks(
     assert (run_dir / "recipe.toml").read_text() == recipe.read_text()
     assert tomllib.loads((run_dir / "resolved.toml").read_text())["seed"] == 7
     assert (run_dir / "departures.json").exists()
-    assert "departures from the paper's R1-Zero: none" in capsys.readouterr().out
+    assert "departures from the paper: none" in capsys.readouterr().out
 
 
 def test_going_on_from_the_resolved_recipe_keeps_the_first_recipe(tmp_path: Path, calls: dict[str, Any]) -> None:

@@ -94,6 +94,76 @@ def test_evaluation_is_compared_with_the_papers_evaluation(tmp_path: Path) -> No
     assert found(tmp_path, "stage.final.sampling.temperature=1.0") == {"stage.final.sampling.temperature": ("0.6", "1")}
 
 
+SFT = """
+name = "demo"
+model.preset = "deepseek-v3"
+tokenizer.kind = "byte"
+
+[[stage]]
+kind = "sft"
+name = "mix"
+epochs = 2
+data = { source = "jsonl", path = "mix.jsonl" }
+"""
+
+
+def fine_tuning(folder: Path, *overrides: str) -> dict[str, tuple[str, str]]:
+    return {d.key: (d.paper, d.here) for d in departures(load(write(folder, SFT), overrides))}
+
+
+def test_the_papers_fine_tuning_departs_in_nothing(tmp_path: Path) -> None:
+    assert fine_tuning(tmp_path) == fine_tuning(tmp_path, "stage.mix.epochs=2.5") == {}
+    stage = load(write(tmp_path, SFT)).stage[0]
+    assert stage.kind == "sft"
+    assert (stage.optimizer.lr, stage.optimizer.min_lr, stage.optimizer.schedule) == (5e-5, 5e-6, "cosine")
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "expected"),
+    [
+        ("optimizer.lr", "1e-3", {"optimizer.lr": ("5e-05", "0.001")}),  # the floor follows: a tenth of it
+        ("optimizer.min_lr", "0.0", {"optimizer.min_lr": ("5e-06", "0")}),
+        ("optimizer.schedule", "constant", {"optimizer.schedule": ("cosine", "constant")}),
+        ("batch", "64", {"batch": ("128", "64")}),
+        ("max_length", "4096", {"max_length": ("32768", "4096")}),
+        ("epochs", "1", {"epochs": ("2 to 3", "1")}),
+        ("epochs", "3.5", {"epochs": ("2 to 3", "3.5")}),
+    ],
+)
+def test_one_departure_of_fine_tuning(
+    tmp_path: Path, key: str, value: str, expected: dict[str, tuple[str, str]]
+) -> None:
+    found = fine_tuning(tmp_path, f"stage.mix.{key}={value}")
+    assert found == {f"stage.mix.{name}": values for name, values in expected.items()}
+
+
+def test_steps_instead_of_epochs_are_a_departure(tmp_path: Path) -> None:
+    path = write(tmp_path, SFT.replace("epochs = 2", "steps = 9"))
+    assert [str(d) for d in departures(load(path))] == [
+        "stage.mix.epochs: steps = 9 (paper: 2 to 3; R1's fine-tunings and distillation)"
+    ]
+
+
+def test_a_student_is_compared_with_its_distillation(tmp_path: Path) -> None:
+    student = ["model.preset=qwen2.5-7b", "stage.mix.batch=64", "stage.mix.optimizer={lr=8e-5}"]
+    assert fine_tuning(tmp_path, *student) == {}
+    found = fine_tuning(tmp_path, student[0])
+    assert found == {"stage.mix.batch": ("64", "128"), "stage.mix.optimizer.lr": ("8e-05", "5e-05")}
+
+
 def test_a_departure_reads_as_a_sentence() -> None:
     departure = Departure(key="stage.a.optimizer.lr", paper="3e-06", here="0.001", why="reason")
     assert str(departure) == "stage.a.optimizer.lr: 0.001 (paper: 3e-06; reason)"
+
+
+def test_the_first_rl_stages_rewards_are_the_papers(tmp_path: Path) -> None:
+    """Accuracy + language (R1's first version), or with the format that belongs to the rule rewards."""
+    two = '{kind="accuracy"},{kind="language",default_language="zh",han_per_word=1.5}'
+    for reward in (f"[{two}]", f'[{two},{{kind="format"}}]'):
+        assert found(tmp_path, f"stage.1.reward={reward}") == {}
+
+
+@pytest.mark.parametrize("reward", ['[{kind="accuracy"},{kind="language",weight=0.5}]', '[{kind="language"}]'])
+def test_other_language_rewards_depart(tmp_path: Path, reward: str) -> None:
+    ((key, (paper, _)),) = found(tmp_path, f"stage.1.reward={reward}").items()
+    assert (key, paper) == ("stage.r1.zero.reward", "accuracy x 1, language x 1")

@@ -86,7 +86,7 @@ def test_every_mistake_is_listed_at_once(tmp_path: Path) -> None:
     assert "recipe.toml, stage.r1.zero.stesp: unknown key; did you mean 'steps'? (allowed here: " in found
     assert 'recipe.toml, stage.r1.zero.steps: expected an integer, got "16" (a string)' in found
     assert "stage.r1.zero.reward.1.kind: got \"formal\" (a string); did you mean 'format'?" in found
-    assert "(allowed: accuracy, format)" in found
+    assert "(allowed: accuracy, format, language)" in found
     assert "command line, sede: unknown key; did you mean 'seed'?" in found
     assert "command line, stage.base.optimizer.lr: got -1; allowed: > 0" in found
 
@@ -120,6 +120,20 @@ def test_every_mistake_is_listed_at_once(tmp_path: Path) -> None:
             "lr = 3e-6\ngrpo.minibatches = 7",
             "minibatches (7) must divide prompts x group_size = 8192",
         ),
+        (
+            'kind = "format"',
+            'kind = "language"\ndefault_language = "zh-CN"',
+            """language 'zh-CN' is unknown; allowed are af, am, ar, """,
+        ),
+        ('kind = "format"', 'kind = "language"\ndefault_language = "zh-CN"', 'write "zh"'),
+        ('kind = "format"', 'kind = "language"\nhan_per_word = 0', "han_per_word: got 0; allowed: > 0"),
+        (
+            'kind = "format"',
+            'kind = "format"\nhan_per_word = 1.5',
+            'han_per_word is for kind = "language"; this reward is "format"; remove it',
+        ),
+        ('name = "final"', 'name = "final"\ndefault_language = "xx"', "language 'xx' is unknown"),
+        ('name = "final"', 'name = "final"\nhan_per_word = 1.5', "without effect: set default_language too"),
     ],
 )
 def test_single_mistakes(tmp_path: Path, old: str, new: str, expected: str) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import random
 import re
 from collections import Counter
@@ -11,7 +12,7 @@ import pytest
 
 from megatron_r1.config.data import CorpusConfig
 from megatron_r1.config.errors import UserError
-from megatron_r1.data.corpus import STYLES, Corpus, classify_style
+from megatron_r1.data.corpus import STYLES, Corpus, Document, _in_words, classify_style
 from megatron_r1.data.generators import Problem, Task, build_task
 from megatron_r1.data.heldout import question_hash
 
@@ -83,7 +84,7 @@ def test_guess_accuracy(style: str, accuracy: float) -> None:
 class _Scripted:
     """A task whose attempts are written down in advance."""
 
-    name, verifier = "scripted", "integer"
+    name, verifier, languages = "scripted", "integer", None
 
     def __init__(self, attempts: list[tuple[str, str]]) -> None:
         self.attempts = attempts
@@ -227,3 +228,87 @@ def test_bad_task_and_option() -> None:
         Corpus(config(task="nope"), 0)
     with pytest.raises(UserError, match="unknown option term"):
         Corpus(config(options={"term": 3}), 0)
+
+
+@pytest.mark.parametrize(
+    ("task", "options", "digest"),
+    [
+        ("chain_sum", {"terms": [2, 6], "digits": 1}, "bf0a07f95c944ff4"),
+        ("count_letters", {}, "5217aa632cfd8fd7"),
+    ],
+)
+def test_documents_without_languages_are_what_they_were(task: str, options: dict[str, Any], digest: str) -> None:
+    """To the byte, since the first corpora: a stored base model stays the one that its recipe makes."""
+    styles = {"steps": 0.40, "plain_steps": 0.40, "check": 0.10, "direct": 0.05, "plain": 0.05}
+    corpus = Corpus(config(styles, task=task, options=options), seed=1)
+    documents = [corpus.document(index) for index in range(400)]
+    text = "\n".join(f"{d.style} {d.prompt} {d.body}" for d in documents)
+    assert hashlib.sha256(text.encode()).hexdigest()[:16] == digest
+
+
+BOTH = {"terms": [2, 4], "languages": {"en": 0.7, "zh": 0.3}}
+ENGLISH, CHINESE = r"first |then |so |wait |yes", "首先|然后|所以|等等|对"
+
+
+def in_english(document: Document) -> bool:
+    return document.prompt.startswith("compute ")
+
+
+def test_languages_of_prompts_and_thoughts() -> None:
+    corpus = Corpus(config({"steps": 1, "plain_steps": 1, "check": 1}, options=BOTH, error_rate=0.2), seed=4)
+    documents = [corpus.document(index) for index in range(2000)]
+    assert abs(sum(map(in_english, documents)) / 2000 - 0.7) < 4 * (0.7 * 0.3 / 2000) ** 0.5
+    for document in documents:
+        own, foreign = (ENGLISH, CHINESE) if in_english(document) else (CHINESE, ENGLISH)
+        assert re.search(own, document.body) and not re.search(foreign, document.body)
+        assert document.prompt.startswith(("compute ", "计算"))
+        assert classify_style(document.body) == document.style
+
+
+@pytest.mark.parametrize("style", ["direct", "plain"])
+def test_guesses_have_no_words(style: str) -> None:
+    corpus = Corpus(config({style: 1}, options=BOTH, mixed=1.0), seed=4)
+    assert not any(re.search(f"{ENGLISH}|{CHINESE}", corpus.document(index).body) for index in range(100))
+
+
+def test_mixed_thoughts_change_once_midway() -> None:
+    corpus = Corpus(config({"steps": 1, "check": 1}, options=BOTH, error_rate=0, mixed=0.4), seed=5)
+    mixed = 0
+    for index in range(2000):
+        document = corpus.document(index)
+        said = [
+            "e" if re.fullmatch(ENGLISH, word) else "c" for word in re.findall(f"{ENGLISH}|{CHINESE}", document.body)
+        ]
+        begin = "e" if in_english(document) else "c"
+        assert re.fullmatch(r"e+c*" if begin == "e" else r"c+e*", "".join(said)), document
+        mixed += len(set(said)) == 2
+        assert answer_of(document.body) == total(document.prompt.removeprefix("compute ").removeprefix("计算"))
+        assert classify_style(document.body) == document.style
+    assert abs(mixed / 2000 - 0.4) < 4 * (0.4 * 0.6 / 2000) ** 0.5
+
+
+@pytest.mark.parametrize(
+    ("body", "languages", "words"),
+    [
+        ("<think>1+2=3</think><answer>3</answer>", "en", "<think>first 1+2=3;so 3</think><answer>3</answer>"),
+        ("1+2=3;3+4=7; so 7.", "zh", "首先1+2=3;然后3+4=7;所以7."),
+        (
+            "<think>1+2=3;wait 2+1=4;wait 1+2=3</think><answer>3</answer>",
+            "en",
+            "<think>first 1+2=3;wait first 2+1=4;wait first 1+2=3;so 3</think><answer>3</answer>",
+        ),
+        (
+            "<think>1+2=3;wait 2+1=3;yes</think><answer>3</answer>",
+            "zh",
+            "<think>首先1+2=3;等等首先2+1=3;对;所以3</think><answer>3</answer>",
+        ),
+    ],
+)
+def test_words_of_a_body_by_hand(body: str, languages: str, words: str) -> None:
+    assert _in_words(body, (languages, languages), random.Random(0)) == words
+
+
+def test_mixing_needs_two_languages() -> None:
+    for options in ({}, {"languages": {"en": 1.0}}, {"languages": {"en": 1.0, "zh": 0}}):
+        with pytest.raises(UserError, match=r"corpus.mixed = 0.4 needs two languages"):
+            Corpus(config(options=options, mixed=0.4), 0)

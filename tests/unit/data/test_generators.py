@@ -143,3 +143,39 @@ def test_near_miss_is_never_right(name: str) -> None:
 def test_refusals(name: str, options: dict[str, Any], message: str) -> None:
     with pytest.raises(UserError, match=message):
         build_task(name, options)
+
+
+def test_chain_sum_in_languages() -> None:
+    task = build_task("chain_sum", {"languages": {"en": 1, "zh": 3}})
+    chinese = 0
+    for index in range(1000):
+        question, answer, metadata = problem_at(task, 0, index)
+        ask = {"en": "compute ", "zh": "计算"}[metadata["language"]]
+        assert question.startswith(ask)
+        assert read_sum(question.removeprefix(ask)) == metadata["operands"] and answer == str(sum(metadata["operands"]))
+        chinese += metadata["language"] == "zh"
+    assert 0.75 - 0.055 < chinese / 1000 < 0.75 + 0.055  # 4 deviations
+    # The sums are those of the task without words.
+    plain = build_task("chain_sum", {})
+    assert all(problem_at(task, 7, i).question.endswith(problem_at(plain, 7, i).question) for i in range(50))
+
+
+@pytest.mark.parametrize(
+    ("languages", "message"),
+    [
+        ({"en": 1, "tlh": 1}, "no words for tlh; allowed are en, zh"),
+        ({"en": -1}, "weights are 0 or more"),
+        ({"en": 0}, "at least one is above 0"),
+        ({}, "at least one is above 0"),
+        (["en", "zh"], "allowed is a table"),
+        ({"en": True}, "allowed is a table"),
+    ],
+)
+def test_bad_languages(languages: Any, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        build_task("chain_sum", {"languages": languages})
+
+
+def test_only_tasks_with_words_take_languages() -> None:
+    with pytest.raises(UserError, match="unknown option languages"):
+        build_task("count_letters", {"languages": {"en": 1}})

@@ -335,3 +335,52 @@ def test_unknown_task_and_option(tokenizer: Tokenizer) -> None:
         open_prompts(config("generator", task="nope"), tokenizer)
     with pytest.raises(UserError, match="unknown option term; allowed are terms"):
         open_prompts(config("generator", task="chain_sum", options={"term": 2}), tokenizer)
+
+
+def test_the_language_column(tmp_path: Path, tokenizer: Tokenizer) -> None:
+    path = tmp_path / "rows.jsonl"
+    codes = ["zh", "EN", "zh-CN", "zh_Hans", "", None]
+    rows = [{"question": "1+1", "answer": "2", "lang": code, "level": 3} for code in codes]
+    path.write_text("\n".join(map(json.dumps, rows)))
+    source = open_prompts(config("jsonl", path, language_key="lang"), tokenizer)
+    assert isinstance(source, PromptSource)
+    prompts = [source[i] for i in range(len(rows))]
+    assert [prompt.language for prompt in prompts] == ["zh", "en", "zh", "zh", None, None]
+    assert {str(prompt.metadata) for prompt in prompts} == {"{'level': 3}"}
+    without = open_prompts(config("jsonl", path), tokenizer)
+    assert isinstance(without, PromptSource)
+    assert without[0].language is None and without[0].metadata["lang"] == "zh"
+
+
+@pytest.mark.parametrize("value", ["Chinese", "xx", 7])
+def test_a_language_that_is_none(tmp_path: Path, tokenizer: Tokenizer, value: Any) -> None:
+    path = tmp_path / "rows.jsonl"
+    path.write_text(json.dumps({"question": "1+1", "answer": "2", "lang": value}))
+    with pytest.raises(UserError, match=r"rows.jsonl:1: column 'lang' holds .*allowed are the codes"):
+        source = open_prompts(config("jsonl", path, language_key="lang"), tokenizer)
+        assert isinstance(source, PromptSource)
+        source[0]
+
+
+def test_a_missing_language_column(tmp_path: Path, tokenizer: Tokenizer) -> None:
+    path = tmp_path / "rows.jsonl"
+    path.write_text(json.dumps({"question": "1+1", "answer": "2"}))
+    with pytest.raises(UserError, match=r"no column 'lang'.*Set language_key"):
+        open_prompts(config("jsonl", path, language_key="lang"), tokenizer)
+
+
+def test_a_generator_says_its_language(tokenizer: Tokenizer) -> None:
+    char = build_tokenizer(TokenizerConfig(kind="char", characters="计算"))
+    options = {"languages": {"en": 1, "zh": 1}}
+    source = open_prompts(config("generator", task="chain_sum", options=options), char)
+    assert isinstance(source, PromptSource)
+    prompts = [source[i] for i in range(40)]
+    assert [prompt.language for prompt in prompts] == [prompt.metadata["language"] for prompt in prompts]
+    assert {(prompt.language, prompt.text[:2]) for prompt in prompts} == {("en", "co"), ("zh", "计算")}
+    plain = open_prompts(config("generator", task="chain_sum"), tokenizer)
+    assert isinstance(plain, PromptSource) and plain[0].language is None
+
+
+def test_a_language_column_needs_a_file() -> None:
+    with pytest.raises(ValueError, match="language_key = 'lang' names a column, and source 'generator' has none"):
+        config("generator", task="chain_sum", language_key="lang")

@@ -24,7 +24,7 @@ def config(**keys: Any) -> PromptsConfig:
 
 
 def test_gsm8k_row() -> None:
-    assert read_record(GSM8K, config(), "x:1") == (GSM8K["question"], "10", {})
+    assert read_record(GSM8K, config(), "x:1") == (GSM8K["question"], "10", {}, None)
 
 
 @pytest.mark.parametrize(
@@ -53,7 +53,7 @@ def test_clean_answer(value: Any, answer: str | None) -> None:
 def test_columns_and_metadata() -> None:
     row = {"problem": "1+1=?", "solution": 2, "level": "1", "answer": "kept"}
     record = read_record(row, config(question_key="problem", answer_key="solution"), "x:1")
-    assert record == ("1+1=?", "2", {"level": "1", "answer": "kept"})
+    assert record == ("1+1=?", "2", {"level": "1", "answer": "kept"}, None)
 
 
 def test_missing_columns() -> None:

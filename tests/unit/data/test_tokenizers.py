@@ -248,3 +248,33 @@ def test_sentencepiece_refusals(sp_folder: Path, tmp_path: Path) -> None:
     bad.write_bytes(b"nothing of the kind")
     with pytest.raises(UserError, match="is not a sentencepiece model"):
         build_tokenizer(TokenizerConfig(kind="sentencepiece", path=bad))
+
+
+def test_further_characters_of_the_char_tokenizer() -> None:
+    more = build_tokenizer(TokenizerConfig(kind="char", characters="计算é"))
+    assert more.vocab_size == 102 + 3
+    text = "<think>计算 5é</think>"
+    assert more.encode(text) == [2, 102, 103, 7, 28, 104, 3]  # the alphabet's own ids stay
+    assert more.decode(more.encode(text)) == text
+    assert more.info()["characters"] == "计算é"
+    others = [char(), build_tokenizer(TokenizerConfig(kind="char", characters="算计é"))]
+    assert len({tokenizer.info()["fingerprint"] for tokenizer in [more, *others]}) == 3
+    with pytest.raises(UserError, match=r"tokenizer\.characters adds"):
+        more.encode("所")
+
+
+def test_without_further_characters_the_vocabulary_is_what_it_was() -> None:
+    """Checkpoints compare fingerprints."""
+    assert char().info()["fingerprint"] == "0fba365c5393d817" and "characters" not in char().info()
+    assert byte().info()["fingerprint"] == "bd8b0ed630573a4a"
+
+
+@pytest.mark.parametrize("characters", ["所所", "5", "\n"])
+def test_a_character_may_not_be_given_twice(characters: str) -> None:
+    with pytest.raises(UserError, match="is there already"):
+        build_tokenizer(TokenizerConfig(kind="char", characters=characters))
+
+
+def test_further_characters_are_for_char_alone() -> None:
+    with pytest.raises(ValueError, match="characters extends the alphabet"):
+        TokenizerConfig(kind="byte", characters="é")

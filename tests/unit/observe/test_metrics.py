@@ -11,7 +11,7 @@ import pytest
 
 from megatron_r1.config.errors import UserError
 from megatron_r1.observe.metrics import MetricsWriter, read_metrics
-from megatron_r1.observe.names import METRICS, format_value
+from megatron_r1.observe.names import METRICS, format_value, is_known
 from megatron_r1.observe.panels import PANELS
 from megatron_r1.observe.progress import SHOWN
 
@@ -168,3 +168,28 @@ def test_names_are_group_slash_what_and_every_user_of_names_is_listed() -> None:
 )
 def test_values_as_people_read_them(value: float, unit: str, text: str) -> None:
     assert format_value(value, unit) == text  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("name", "known"),
+    [
+        ("reward/language", True),
+        ("reward/language/zh", True),
+        ("eval/language_prompts/en", True),
+        ("reward/language/xx", False),
+        ("reward/language/", False),
+        ("reward/language/zh/en", False),
+        ("reward/accuracy/zh", False),
+        ("reward/language_no_words/zh", False),
+        ("moe/entropy/layer_3", True),
+        ("moe/entropy/zh", False),
+    ],
+)
+def test_names_of_one_language_or_layer(tmp_path: Path, name: str, known: bool) -> None:
+    assert is_known(name) == known
+    with MetricsWriter(tmp_path) as writer:
+        if known:
+            writer.write(1, {name: 0.5})
+        else:
+            with pytest.raises(ValueError, match="unknown metrics"):
+                writer.write(1, {name: 0.5})

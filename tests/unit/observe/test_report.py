@@ -11,8 +11,9 @@ from pathlib import Path
 import pytest
 
 from megatron_r1.config.errors import UserError
-from megatron_r1.observe.collect import collect, evenly_spaced
+from megatron_r1.observe.collect import collect, evaluation_table, evenly_spaced
 from megatron_r1.observe.metrics import MetricsWriter
+from megatron_r1.observe.panels import stage_charts
 from megatron_r1.observe.report import write_learning_curve, write_report
 from megatron_r1.observe.rollouts import RolloutWriter
 from megatron_r1.observe.rundir import Departure, RunDir, StageState
@@ -287,3 +288,24 @@ def test_long_completions_lose_their_middle_and_say_so() -> None:
 def test_phases_shown_are_evenly_spaced_with_both_ends() -> None:
     assert evenly_spaced(list(range(31)), 6) == [0, 6, 12, 18, 24, 30]
     assert evenly_spaced([1, 2], 6) == [1, 2]
+
+
+def test_languages_have_lines_and_rows_of_their_own(run: RunDir) -> None:
+    with MetricsWriter(run.stage("zero").path) as writer:
+        for step in (5, 6):
+            writer.write(step, {"reward/language": 0.5, "reward/language/zh": 0.25, "reward/language_prompts/zh": 1.0})
+    (chart,) = [chart for chart in stage_charts(collect(run.path).stages[2]) if "in its language" in chart]
+    labels = Page(chart).texts("text")
+    assert "all prompts" in labels and "zh" in labels and chart.count("<polyline") == 2
+    states = [
+        StageState(name="a", kind="eval", result={"eval/k": 4, "eval/language": 0.5, "eval/language/en": 0.25}),
+        StageState(name="b", kind="eval", result={"eval/k": 4, "eval/language": 1.0, "eval/language/zh": 1.0}),
+    ]
+    table = evaluation_table(states)
+    assert table is not None
+    assert table.rows == [
+        ["language", "50.0%", "100.0%"],
+        ["language en", "25.0%", "-"],
+        ["language zh", "-", "100.0%"],
+        ["samples a problem", "4", "4"],
+    ]

@@ -9,7 +9,7 @@ import pytest
 
 from megatron_r1.config.errors import UserError
 from megatron_r1.observe.rollouts import RolloutWriter, read_rollouts, rollout_files
-from megatron_r1.types import Completion, Group, Prompt, Score, Verdict
+from megatron_r1.types import Completion, Group, LanguageUse, Prompt, Score, Verdict
 
 
 def completion(text: str, tokens: int, score: Score | None) -> Completion:
@@ -137,3 +137,13 @@ def test_a_damaged_file_names_itself(tmp_path: Path) -> None:
     path.write_bytes(gzip.compress(b'{"step": 0}\n')[:-6])
     with pytest.raises(UserError, match="step-000000"):
         read_rollouts(path)
+
+
+def test_words_of_a_language_reward(tmp_path: Path) -> None:
+    group = a_group()
+    for completion in group.completions:
+        assert completion.score is not None
+        completion.score.language = LanguageUse(target="zh", words=2.25, target_words=1.25)
+    rows = read_rollouts(RolloutWriter(tmp_path).write(0, [group]))
+    assert [row["language"] for row in rows] == [{"target": "zh", "words": 2.25, "target_words": 1.25}] * 2
+    assert "language" not in read_rollouts(RolloutWriter(tmp_path).write(4, [a_group()]))[0]

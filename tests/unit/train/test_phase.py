@@ -14,7 +14,7 @@ import torch
 
 from megatron_r1.config.grpo import AdvantageConfig
 from megatron_r1.config.run import GrpoStage
-from megatron_r1.observe.names import METRICS
+from megatron_r1.observe.names import METRICS, check_names
 from megatron_r1.parallel.world import World
 from megatron_r1.rewards.mixer import RewardStats
 from megatron_r1.train.phase import (
@@ -27,7 +27,7 @@ from megatron_r1.train.phase import (
     phase_seed,
     sample_groups,
 )
-from megatron_r1.types import Completion, Group, Prompt, Sample, Score, Verdict
+from megatron_r1.types import Completion, Group, LanguageUse, Prompt, Sample, Score, Verdict
 
 
 def prompt(name: str) -> Prompt:
@@ -166,6 +166,22 @@ def test_groups_that_are_all_right_or_all_wrong() -> None:
     assert metrics["groups/no_signal"] == pytest.approx(2 / 3)
     assert "reward/format" not in metrics and "rollout/length_wrong" in metrics
     assert "rollout/length_wrong" not in group_metrics([right])
+
+
+def test_language_consistency_is_a_metric_of_the_phase() -> None:
+    one = group(completion(3, 1.25, language=0.25), completion(3, 1.0, language=0.0))
+    for share, c in zip((0.25, 0.0), one.completions, strict=True):
+        assert c.score is not None
+        c.score.language = LanguageUse(target="zh", words=8.0, target_words=8 * share)
+    metrics = group_metrics([one])
+    found = {name: value for name, value in metrics.items() if name.startswith("reward/language")}
+    assert found == {
+        "reward/language": 0.125,
+        "reward/language/zh": 0.125,
+        "reward/language_prompts/zh": 1.0,
+        "reward/language_no_words": 0.0,
+    }
+    check_names(list(metrics))
 
 
 def test_no_answer_wins_no_majority() -> None:
