@@ -10,7 +10,7 @@ Face folders, `import` of the BF16 one to torch_dist and `export` from there. Be
 that copies the files that the job wrote (shutil.copyfile). Both sides bring their bytes onto the disk (fsync).
 Inputs are in the page cache when they fit.
 
-Jobs and copies run in turn, --rounds times for the first size, half as often for the others; the smallest processor
+Jobs and copies run in turn, --rounds times for each size; the smallest processor
 time (user + system) of each counts. `net` is without imports: a process takes the time before and after. Peak memory is
 VmHWM of the process, all that it has resident; beyond what the imports took it should be at most 64 MiB plus three
 times the FP8 bytes of the largest tensor that is transformed.
@@ -108,7 +108,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--gb", type=float, nargs="+", default=[1.0, 4.0], help="sizes of the model in BF16")
-    parser.add_argument("--work", type=Path, help="folder for 4.5 times that size (default: a temporary one)")
+    parser.add_argument("--work", type=Path, help="folder for five times that size (default: a temporary one)")
     parser.add_argument("--json", action="store_true", help="print nothing but the last line")
     arguments = parser.parse_args()
 
@@ -118,10 +118,9 @@ def main() -> None:
 
     say(f"{machine()}; commit {commit()}; load {load()}")
     sizes: dict[str, Any] = {}
-    for number, gigabytes in enumerate(arguments.gb):
-        rounds = arguments.rounds if number == 0 else -(-arguments.rounds // 2)
+    for gigabytes in arguments.gb:
         with tempfile.TemporaryDirectory(dir=arguments.work, prefix="convert-") as folder:
-            sizes[f"{gigabytes:g}"] = one_size(Path(folder), gigabytes, rounds)
+            sizes[f"{gigabytes:g}"] = one_size(Path(folder), gigabytes, arguments.rounds)
         say(table(gigabytes, sizes[f"{gigabytes:g}"]))
     kernels = kernel_ratios(arguments.rounds)
     say(f"kernel over loop: {', '.join(f'{job} {ratio:.1f}' for job, ratio in kernels.items())}; goal 10 to dequantise")
@@ -163,7 +162,7 @@ def one_size(folder: Path, gigabytes: float, rounds: int) -> dict[str, Any]:
             "extra_mib": max(run["peak_mib"] - run["floor_mib"] for run in runs),
             "bound_mib": 64 + 3 * largest / 2**20,
         }
-    return {"jobs": jobs, "rounds": rounds, "largest_mib": largest / 2**20, "all": found}
+    return {"jobs": jobs, "largest_mib": largest / 2**20, "all": found}
 
 
 def build(folder: Path, gigabytes: float) -> int:
@@ -257,7 +256,7 @@ def load() -> str:
 def table(gigabytes: float, size: Mapping[str, Any]) -> str:
     """A Markdown table, one row a job."""
     lines = [
-        f"{gigabytes:g} GB in BF16, {size['rounds']} rounds, largest transformed tensor {size['largest_mib']:.0f} MiB",
+        f"{gigabytes:g} GB in BF16, largest transformed tensor {size['largest_mib']:.0f} MiB",
         "| job | GB written | CPU s net | copy's | net, copy/job (goal) | whole | wall | MiB over imports (bound) |",
         "|---" * 8 + "|",
     ]

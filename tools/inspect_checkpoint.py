@@ -3,6 +3,6 @@
 
 import sys
 
-from megatron_r1.cli import main
+from _convert import convert
 
-sys.exit(main(["convert", "inspect", *sys.argv[1:]]))
+sys.exit(convert("inspect"))

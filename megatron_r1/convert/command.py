@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+from math import isfinite
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -186,8 +187,15 @@ def _add_common(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--workers", type=_positive, default=1, metavar="N", help="files written at a time (default 1)")
     parser.add_argument("--dry-run", action="store_true", help="print the plan, every tensor of it, and write nothing")
     parser.add_argument("--json", action="store_true", help="with --dry-run: the plan as one JSON object")
-    parser.add_argument("--resume", action="store_true", help="go on with an interrupted conversion")
+    parser.add_argument(
+        "--resume", action="store_true", help="go on with an interrupted conversion; a finished one is only checked"
+    )
     parser.add_argument("--overwrite", action="store_true", help="replace an earlier conversion in the target folder")
+    parser.add_argument(
+        "--trust-source",
+        action="store_true",
+        help="do not read a source that has a manifest.json first, to compare its checksums",
+    )
 
 
 def _positive(text: str) -> int:
@@ -201,7 +209,7 @@ def _gigabytes(text: str) -> float:
         value = float(text)
     except ValueError:
         value = 0.0
-    if not value * 1e9 >= 1:
+    if not (value * 1e9 >= 1 and isfinite(value * 1e9)):
         raise argparse.ArgumentTypeError(f"got {text!r}; allowed: a number above 0")
     return value
 
@@ -209,7 +217,11 @@ def _gigabytes(text: str) -> float:
 def _import(arguments: argparse.Namespace) -> int:
     from megatron_r1.convert.conversion import import_conversion
     from megatron_r1.convert.manifest import atomic_write
+    from megatron_r1.convert.torch_dist import TRACKER
 
+    tracker = arguments.target / TRACKER
+    if arguments.release:
+        _check_tracker(tracker)
     conversion = import_conversion(
         arguments.source,
         spec=arguments.spec,
@@ -220,8 +232,23 @@ def _import(arguments: argparse.Namespace) -> int:
     target = arguments.target / "release" if arguments.release else arguments.target
     status = _carry_out(conversion, target, arguments)
     if arguments.release and not arguments.dry_run:
-        atomic_write(arguments.target / "latest_checkpointed_iteration.txt", b"release\n")
+        atomic_write(tracker, b"release\n")
     return status
+
+
+def _check_tracker(tracker: Path) -> None:
+    """Raise UserError where Megatron-LM's --load finds another checkpoint through this file."""
+    from megatron_r1.convert.manifest import disk_errors
+
+    if not tracker.is_file():
+        return
+    with disk_errors(tracker):
+        text = tracker.read_text(errors="replace").strip()
+    if text != "release":
+        raise UserError(
+            f"{tracker} says {text[:40]!r}: --load of {tracker.parent} goes on with that checkpoint; with --release it "
+            "would find the import instead. Choose another folder, or remove that file first"
+        )
 
 
 def _export(arguments: argparse.Namespace) -> int:
@@ -254,38 +281,40 @@ def _cast(arguments: argparse.Namespace) -> int:
 
 def _carry_out(conversion: Conversion, target: Path, arguments: argparse.Namespace) -> int:
     """Print the plan (--dry-run), or write it with a progress bar."""
-    from megatron_r1.convert.conversion import run
+    from megatron_r1.convert.conversion import check_apart, check_source, run
+    from megatron_r1.convert.manifest import fp8_blocks, has_checksums, read_manifest
     from megatron_r1.convert.plan_text import plan_json, plan_lines
 
+    workers = arguments.workers
     if arguments.dry_run:
-        lines = [json.dumps(plan_json(conversion))] if arguments.json else plan_lines(conversion, arguments.workers)
+        lines = [json.dumps(plan_json(conversion, workers))] if arguments.json else plan_lines(conversion, workers)
         for line in lines:
             print(line)
         return 0
-    if _same_place(target, Path(conversion.about["source"])):
-        raise UserError(f"{target} is the source itself, or inside it or around it; choose another folder to write")
+    check_apart(conversion, target)
     for note in conversion.notes:
         print(f"note: {note}", file=sys.stderr)
+    if not arguments.trust_source and has_checksums(conversion.source):
+        total = sum(read_manifest(conversion.source)["files"].values())
+        with byte_progress(f"check {conversion.source}", total) as advance:
+            check_source(conversion, workers=workers, progress=advance)
     with byte_progress(f"{conversion.kind} to {target}", conversion.plan.bytes) as advance:
-        run(
+        written = run(
             conversion,
             target,
-            workers=arguments.workers,
+            workers=workers,
             resume=arguments.resume,
             overwrite=arguments.overwrite,
             progress=advance,
         )
     files = len(conversion.plan.files)
-    print(
-        f"{target}: {size_text(conversion.plan.bytes)} in {files} file{'s' * (files > 1)}, checksums in manifest.json"
-    )
+    what = f"{size_text(conversion.plan.bytes)} in {files} file{'s' * (files > 1)}"
+    if written:
+        blocks = fp8_blocks(target)
+        print(f"{target}: {what}, checksums in manifest.json" + (f"; {blocks}" if blocks else ""))
+    else:
+        print(f"{target}: {what}, finished before; every checksum is right, nothing was written")
     return 0
-
-
-def _same_place(target: Path, source: Path) -> bool:
-    """Whether writing one folder could destroy the other."""
-    one, other = target.resolve(), source.resolve()
-    return one == other or one in other.parents or other in one.parents
 
 
 def _verify(arguments: argparse.Namespace) -> int:

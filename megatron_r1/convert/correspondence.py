@@ -7,7 +7,7 @@ model (`load.py`), and the key lists that `inspect` prints. No weights, no torch
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Container, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -18,6 +18,7 @@ from megatron_r1.convert.tables.rule import Dims, Family, Rule, Split
 
 SCALE = "_scale_inv"
 """Suffix of the tensor with the block scales of an FP8 tensor."""
+_HEAD = "lm_head.weight"
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,7 +60,7 @@ class Correspondence:
 
     entries: canonical Megatron name -> Entry, in the order of the model. hf: Hugging Face name -> (Entry, which of its
     tensors). copies: Hugging Face names that repeat another tensor -> that tensor's name; a checkpoint of Megatron has
-    them once.
+    them once. optional: copies that most checkpoints do not have: a head that is tied to the embedding.
     """
 
     def __init__(self, arch: Mapping[str, Any], *, predictions: bool = True) -> None:
@@ -83,12 +84,18 @@ class Correspondence:
             for layer in self._prediction_layers(self.predictions)
             for name, of in self.family.copies.items()
         }
+        self.optional: frozenset[str] = frozenset(() if self.dims["untied"] else (_HEAD,))
+        self.copies |= {name: self._outer(name) for name in self.optional}
         self._dropped = [(re.compile(pattern), why) for pattern, why in self.family.dropped.items()]
 
     @cached_property
     def hf_names(self) -> tuple[str, ...]:
-        """Names of a Hugging Face checkpoint of this model, without scales, in the order of the model."""
-        return (*self.hf, *self.copies)
+        """Names of a Hugging Face checkpoint of this model, without scales and optional ones, in the model's order."""
+        return (*self.hf, *(name for name in self.copies if name not in self.optional))
+
+    def names_in(self, tensors: Container[str]) -> list[str]:
+        """Those names, and optional ones, that are among `tensors`."""
+        return [name for name in (*self.hf_names, *self.optional) if name in tensors]
 
     def hf_shape(self, name: str) -> tuple[int, ...]:
         """Shape of a Hugging Face tensor."""
@@ -120,15 +127,13 @@ class Correspondence:
 
     def drop_reason(self, name: str) -> str | None:
         """Why a Hugging Face tensor that is not of this model is not needed; None: there is no reason."""
-        if name == "lm_head.weight" and not self.dims["untied"]:
-            return "tied to the embedding"
         if not self.predictions and self.of_prediction(name):
             return "multi-token prediction is left out"
         return next((why for pattern, why in self._dropped if pattern.fullmatch(name)), None)
 
     def _outer(self, name: str) -> str:
         """A tied head's copies repeat the embedding."""
-        return "model.embed_tokens.weight" if name == "lm_head.weight" and not self.dims["untied"] else name
+        return "model.embed_tokens.weight" if name == _HEAD and not self.dims["untied"] else name
 
     def _prediction_layers(self, number: int) -> range:
         return range(self.dims["layers"], self.dims["layers"] + number)

@@ -17,13 +17,16 @@ import torch
 
 from megatron_r1.config.errors import UserError
 from megatron_r1.convert import fp8
-from megatron_r1.convert.manifest import disk_errors
+from megatron_r1.convert.manifest import Blocks, disk_errors
 from megatron_r1.convert.plan import BLOCK, Piece, Target
 from megatron_r1.convert.storage import ITEMSIZE, TORCH_NAMES, Stored
 
 BAND = 4 << 20  # bytes of a band: larger than caches gain from, small beside the imports
 _OPEN_FILES = 128
 _ROW_READS = 4096  # bytes of a row from which rows are read one by one rather than with what lies between them
+
+
+_LIMITS = {"F16": 65520.0, "BF16": float.fromhex("0x1.ffp127")}  # from here on, values round to infinity
 
 
 class Reader:
@@ -79,6 +82,7 @@ class Maker:
     def __init__(self) -> None:
         self.reader = Reader()
         self.scales: torch.Tensor | None = None  # of the quantised target that was streamed last
+        self.blocks = Blocks()  # of that target
         self._band, self._raw, self._codes = Buffer(), Buffer(), Buffer()
         self._scratch = fp8.Scratch()
         self._scale_of: tuple[Stored | None, torch.Tensor] = (None, torch.empty(0))
@@ -127,15 +131,14 @@ class Maker:
     def _quantised(self, target: Target) -> Iterator[memoryview]:
         rule, source = target.quantise, target.pieces[0].dtype
         assert rule is not None
-        blocks = target.scale_shape()
-        scales = torch.empty(blocks, dtype=torch.float32)
+        scales, held = torch.empty(target.scale_shape(), dtype=torch.float32), 0
         kept = None if rule.kept is None else self.scale(rule.kept)
         for first, last in _bands(target, source, multiple=BLOCK):
             values = self.rows(target, first, last, source)
             codes = _tensor(self._codes.take(values.numel()), "U8", tuple(values.shape))
             own = slice(first // BLOCK, -(-last // BLOCK))
             try:
-                fp8.quantise_rows(
+                held += fp8.quantise_rows(
                     values,
                     codes,
                     scales[own],
@@ -147,7 +150,7 @@ class Maker:
             except fp8.NotFinite as error:
                 raise UserError(f"{target.name} cannot be quantised: {error}") from error
             yield _bytes(codes)
-        self.scales = scales
+        self.scales, self.blocks = scales, Blocks(held, scales.numel() - held)
 
     def scale(self, stored: Stored) -> torch.Tensor:
         """float32 [ceil(rows / 128), ceil(columns / 128)] of a scale tensor; the last one is kept."""
@@ -171,6 +174,8 @@ class Maker:
             return
         raw = self._read_rows(piece, row, count)
         if piece.scale is None:
+            if dtype in _LIMITS and (piece.dtype == "F32" or (piece.dtype, dtype) == ("BF16", "F16")):
+                _refuse_overflow(raw, dtype, name, piece, row)
             box.copy_(raw)
             return
         try:
@@ -200,6 +205,19 @@ class Maker:
             for i in range(count):
                 self.reader.read(piece.file, start + i * piece.stride, rows[i].data)
         return torch.from_numpy(rows).view(getattr(torch, TORCH_NAMES[piece.dtype]))
+
+
+def _refuse_overflow(values: torch.Tensor, dtype: str, name: str, piece: Piece, row: int) -> None:
+    """Raise UserError where rows of a piece, from its row `row` on, hold a number that would become an infinity."""
+    if fp8.largest_magnitude(values) < _LIMITS[dtype]:
+        return
+    places = (torch.isfinite(values) & (values.abs() >= _LIMITS[dtype])).nonzero()
+    if len(places):
+        i, j = places[0].tolist()
+        raise UserError(
+            f"{name}: {float(values[i, j]):g} at row {piece.row + row + i}, column {piece.col + j} is beyond the range "
+            f"of {TORCH_NAMES[dtype]} ({piece.file}). Choose another --dtype"
+        )
 
 
 def buffer_bytes(target: Target) -> int:

@@ -11,7 +11,7 @@ from megatron_r1.convert.correspondence import SCALE, Correspondence
 from megatron_r1.convert.hf_files import ShardFile, shard_layout
 from megatron_r1.convert.origin import Origin
 from megatron_r1.convert.plan import (
-    FP8,
+    WEIGHTS,
     HfSource,
     MegatronSource,
     OutputFile,
@@ -23,6 +23,7 @@ from megatron_r1.convert.plan import (
     check_coverage,
     check_used,
 )
+from megatron_r1.convert.storage import FP8
 from megatron_r1.convert.tables.rule import Rule
 
 DTYPES = {"bf16": "BF16", "fp16": "F16", "fp32": "F32", "fp8": FP8}
@@ -44,25 +45,28 @@ def export_plan(
 
     dtype: a key of DTYPES; None: every tensor as the origin has it, else as its config.json says, else as stored.
     Blocks of FP8 tensors that still fit the origin's scales keep them (`fp8.py`), so what training left alone comes
-    out as it came in. Raises UserError where the checkpoint does not hold the whole model.
+    out as it came in; not where `scales` are of the other format than the origin's, which config.json then says of all.
+    Raises UserError where the checkpoint does not hold the whole model.
     """
     table = source.table
     usual = origin.dtype
 
     def dtype_of(name: str, rule: Rule) -> str:
         if dtype is None and name in origin.dtypes:
-            return origin.dtypes[name]
+            if (had := origin.dtypes[name]) not in (*WEIGHTS, FP8):
+                raise UserError(f"{origin.folder}: {name} is {had} there, which is not written; choose --dtype")
+            return had
         return _dtype(rule, DTYPES[dtype] if dtype else usual or source.dtype(name))
 
-    names = [name for name in table.hf_names if name not in table.copies or origin.has(name)]
+    names = [*table.hf, *origin.copies(table)]
     targets = _targets(table, names, source.hf_tensor, dtype_of, origin, scales)
     check_used(source)
     return _plan(targets, source.dropped, shard_bytes, origin.weight_map)
 
 
 def cast_plan(source: HfSource, origin: Origin, *, dtype: str, scales: Scales, shard_bytes: int) -> HfPlan:
-    """The same Hugging Face checkpoint in another dtype (a key of DTYPES); tensors that FP8 checkpoints keep in
-    higher precision become fp8's neighbours in BF16, and float32 ones of the table stay so.
+    """The same Hugging Face checkpoint in another dtype (a key of DTYPES). With fp8, the tensors that are not
+    quantised become BF16 whatever they were, as in DeepSeek's checkpoints; float32 ones of the table stay so always.
 
     Raises UserError where there is nothing to do.
     """
@@ -70,13 +74,8 @@ def cast_plan(source: HfSource, origin: Origin, *, dtype: str, scales: Scales, s
     if dtype == "fp8" and source.quantised:
         raise UserError(f"{source.archive.folder} is FP8 already; cast it to bf16, or export it with other scales")
 
-    def dtype_of(name: str, rule: Rule) -> str:
-        if dtype == "fp8" and not rule.fp8:
-            return tensors[name].dtype
-        return _dtype(rule, DTYPES[dtype])
-
-    names = [name for name in table.hf_names if name in tensors]
-    targets = _targets(table, names, source.whole, dtype_of, origin, scales)
+    names = table.names_in(tensors)
+    targets = _targets(table, names, source.whole, lambda _, rule: _dtype(rule, DTYPES[dtype]), origin, scales)
     if all(target.operation == "copy" for target in targets):
         raise UserError(f"{source.archive.folder} is {dtype} already: there is nothing to cast")
     check_used(source)
@@ -100,7 +99,7 @@ def _targets(
     targets = []
     for name in names:
         dtype = dtype_of(name, table.rule(name))
-        quantise = Quantise(scales, origin.scales.get(name + SCALE)) if dtype == FP8 else None
+        quantise = Quantise(scales, origin.kept_scale(name, scales)) if dtype == FP8 else None
         target = Target(name, dtype, table.hf_shape(name), pieces(name), quantise)
         check_coverage(target)
         targets.append(target)

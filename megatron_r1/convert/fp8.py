@@ -20,18 +20,18 @@ from typing import Any
 import numpy as np
 import torch
 
+from megatron_r1.convert.plan import SCALES
 from megatron_r1.convert.storage import TORCH_NAMES
 from megatron_r1.model.block_fp8 import E4M3_MAX, Scales, block_scales
 from megatron_r1.model.precision import BLOCK
 
 STRIP = 128 * 1024  # elements computed at a time: about 1 MiB with what is read and written
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)  # of values
-SCALE_DTYPES = ("F32", "BF16", "F16", "F8_E8M0")
 _BITS = {2: (torch.int16, np.uint16), 4: (torch.int32, np.uint32)}  # by bytes of an element
 
 
 class NotFinite(ValueError):
-    """A NaN or an infinity, which these formats cannot carry on; `row` and `column` are its place in the matrix."""
+    """A NaN or an infinity, given or about to be made; `row` and `column` are its place in the matrix."""
 
     def __init__(self, what: str, row: int, column: int) -> None:
         super().__init__(f"{what} at row {row}, column {column}")
@@ -44,6 +44,11 @@ class Scratch:
     def __init__(self, elements: int = STRIP) -> None:
         self._elements = elements
         self._allocate(elements)
+
+    @property
+    def bytes(self) -> int:
+        """Their memory."""
+        return self._bits.nbytes + self._floats.nbytes + self._again.nbytes + self._differs.nbytes
 
     def strips(self, rows: int, width: int) -> Iterator[slice]:
         """Slices of so many rows, and with each of them the buffers in its shape."""
@@ -82,11 +87,11 @@ class Scratch:
 def decode_scales(raw: bytes | np.ndarray, dtype: str, shape: Sequence[int]) -> torch.Tensor:
     """float32 scales of `shape` from their bytes on disk; the result owns its memory.
 
-    dtype: one of SCALE_DTYPES, safetensors' names; F8_E8M0 is a byte e for 2^(e - 127), 255 for NaN. Raises ValueError
+    dtype: one of SCALES, safetensors' names; F8_E8M0 is a byte e for 2^(e - 127), 255 for NaN. Raises ValueError
     for another one.
     """
-    if dtype not in SCALE_DTYPES:
-        raise ValueError(f"scales of dtype {dtype}; known are {', '.join(SCALE_DTYPES)}")
+    if dtype not in SCALES:
+        raise ValueError(f"scales of dtype {dtype}; known are {', '.join(SCALES)}")
     return torch.frombuffer(bytearray(raw), dtype=getattr(torch, TORCH_NAMES[dtype])).float().reshape(*shape)
 
 
@@ -109,8 +114,9 @@ def dequantise_rows(
         first_row: the part's first row in the matrix, anywhere in a block.
         first_column: its first column, likewise.
 
-    Raises NotFinite for a NaN code, or a scale that is not finite.
+    Raises NotFinite for a NaN code, a scale that is not finite, and a value beyond the largest of `out`'s dtype.
     """
+    largest = torch.finfo(out.dtype).max
     height, width = codes.shape
     signed = codes.view(torch.int8)
     top = 0
@@ -119,7 +125,8 @@ def dequantise_rows(
         bottom = min(height, (block + 1) * BLOCK - first_row)
         _refuse_nan_codes(codes[top:bottom], first_row + top, first_column)
         factor = _spread(scale[block], first_column, width)
-        small = bool(factor.abs().amax() < 2.0**120)  # times 256 is within float32
+        magnitude = float(factor.abs().amax())
+        small = magnitude < 2.0**120  # times 256 is within float32
         if small:
             factor.mul_(256)
         else:
@@ -129,6 +136,9 @@ def dequantise_rows(
             if not small:
                 values.mul_(256)
             out[top:bottom][strip] = values.mul_(factor)
+        if E4M3_MAX * magnitude > largest:
+            made = out[top:bottom]
+            _refuse(~torch.isfinite(made), f"a value beyond the range of {_name(out)}", first_row + top, first_column)
         top = bottom
 
 
@@ -141,8 +151,9 @@ def quantise_rows(
     scales: Scales = "fp32",
     kept: torch.Tensor | None = None,
     first_row: int = 0,
-) -> None:
+) -> int:
     """E4M3 codes and scales of whole rows that begin a block; bit for bit `block_fp8.quantise`, apart from kept blocks.
+    Returns how many blocks were kept.
 
     A block keeps its scale from `kept` where rounding to it and back (`dequantise_rows`) gives x to the bit, -0.0 too;
     every other block gets `block_scales` of its values. So a matrix that came from FP8 and was left alone goes back to
@@ -152,56 +163,81 @@ def quantise_rows(
     cannot tell some codes apart (in bf16 with a scale near 1e-39, or in fp16 at 1e-6): the scale still stays, and the
     codes are others for the same values.
 
+    A float32 block is also kept where x is what the codes and the scale give after rounding to bfloat16: weights that
+    went through BF16 on their way into a run that saves float32.
+
     Args:
         x: bfloat16, float16 or float32 [R, C]; finite. Only the last block of rows may be partial.
         codes: uint8 [R, C], written.
         scale: float32 [P, Q] of these rows' blocks, written.
         scratch: this thread's.
         scales: see `block_scales`.
-        kept: float32 [P, Q] or None. One that is not positive, or whose 448-fold is not finite in x's dtype, is not
-            kept.
+        kept: float32 [P, Q] or None. One that is negative, or whose 448-fold is not finite in x's dtype, is not kept;
+            0 is, for a block of zeros.
         first_row: the first row's place in the matrix, for messages.
 
     Raises NotFinite for a NaN or an infinity.
     """
+    count = 0
     for block, top in enumerate(range(0, x.shape[0], BLOCK)):
         band, written = x[top : top + BLOCK], codes[top : top + BLOCK]
         stays = None
         if kept is not None:
             stays = _reproduces(band, kept[block], written, scratch)
+            count += int(stays.sum())
             if bool(stays.all()):
                 scale[block] = kept[block]
                 continue
         fresh = block_scales(_block_amax(band, first_row + top), scales)
         scale[block] = fresh if stays is None or kept is None else torch.where(stays, kept[block], fresh)
-        spread = _spread(scale[block], 0, x.shape[1])
+        spread = _divisors(scale[block], x.shape[1])
         for strip in scratch.strips(len(band), x.shape[1]):
             _round(band[strip], spread, written[strip], scratch)
+    return count
+
+
+def largest_magnitude(x: torch.Tensor) -> float:
+    """Of bfloat16, float16 or float32 values; NaN where there is one. By the bits, as `_block_amax`."""
+    bits = _bits(x)
+    top = max(int(bits.max()), int(bits.view(_BITS[bits.itemsize][1]).max()) & np.iinfo(bits.dtype).max)
+    return float(torch.from_numpy(np.array(top, dtype=bits.dtype)).view(x.dtype))
 
 
 def _reproduces(band: torch.Tensor, kept: torch.Tensor, codes: torch.Tensor, scratch: Scratch) -> torch.Tensor:
     """bool [Q]: blocks of a band [r, C] that these scales give back; only their codes are as they should be."""
     width = band.shape[1]
-    usable = (kept > 0) & torch.isfinite((kept * E4M3_MAX).to(band.dtype))
-    spread = _spread(kept, 0, width)
-    factor = spread * 256
+    forms = (torch.float32, torch.bfloat16) if band.dtype == torch.float32 else (band.dtype,)
+    differs = [~((kept >= 0) & torch.isfinite((kept * E4M3_MAX).to(form))).numpy() for form in forms]
+    spread, factor = _divisors(kept, width), _spread(kept, 0, width) * 256
     blocks = np.arange(0, width, BLOCK)
     signed, given = codes.view(torch.int8), _bits(band)
-    differs = ~usable.numpy()
     for strip in scratch.strips(len(band), width):
         _round(band[strip], spread, codes[strip], scratch)
-        again = scratch.again[band.dtype].copy_(scratch.values(signed[strip]).mul_(factor))
-        columns = np.not_equal(given[strip], _bits(again), out=scratch.differs).any(axis=0)
-        differs |= np.logical_or.reduceat(columns, blocks)
-        if differs.all():
+        values = scratch.values(signed[strip]).mul_(factor)
+        for form, wrong in zip(forms, differs, strict=True):
+            again = scratch.again[form].copy_(values)
+            if form != band.dtype:
+                again = values.copy_(again)
+            columns = np.not_equal(given[strip], _bits(again), out=scratch.differs).any(axis=0)
+            wrong |= np.logical_or.reduceat(columns, blocks)
+        if all(wrong.all() for wrong in differs):
             break  # a trained matrix is found out after its first strip
-    return torch.from_numpy(~differs)
+    return torch.from_numpy(~np.logical_and.reduce(differs))
 
 
 def _round(x: torch.Tensor, spread: torch.Tensor, codes: torch.Tensor, scratch: Scratch) -> None:
     """Codes of a strip, its scales spread over the columns; clamped, as not every torch's cast turns 500 into 448."""
     unit = scratch.floats.copy_(x).div_(spread).clamp_(-E4M3_MAX, E4M3_MAX)
     codes.view(torch.float8_e4m3fn).copy_(unit)
+
+
+def _divisors(scale: torch.Tensor, width: int) -> torch.Tensor:
+    """float32 [C]: what the values of each column are divided by; 1 for a scale of 0, which only zeros have."""
+    return _spread(torch.where(scale == 0, 1.0, scale), 0, width)
+
+
+def _name(x: torch.Tensor) -> str:
+    return str(x.dtype).removeprefix("torch.")
 
 
 def _spread(scale: torch.Tensor, first_column: int, width: int) -> torch.Tensor:

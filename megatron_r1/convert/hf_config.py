@@ -19,6 +19,7 @@ from megatron_r1.convert.manifest import PART, disk_errors
 from megatron_r1.convert.storage import TORCH_NAMES
 
 CONFIG = "config.json"
+_BLOCK = (128, 128)
 _COPIED = (
     *("tokenizer*", "vocab.*", "merges.txt", "*.model", "special_tokens_map.json", "added_tokens.json"),
     *("chat_template*", "generation_config.json", "*.py", "LICENSE*"),
@@ -32,7 +33,7 @@ _TOKENIZER = ("tokenizer.json", "vocab.*", "*.model")  # one of these holds the 
 class Fp8Layout:
     """How the quantised weights of an export are stored."""
 
-    block: tuple[int, int] = (128, 128)  # rows, columns that share a scale
+    block: tuple[int, int] = _BLOCK  # rows, columns that share a scale
     ue8m0: bool = False  # scales are powers of two (still stored as F32, as DeepSeek-V3.1 has them)
     skipped: tuple[str, ...] = ()  # full names of linear modules left unquantised, such as "lm_head"
 
@@ -40,12 +41,12 @@ class Fp8Layout:
 def hf_dtype(config: dict[str, Any]) -> str | None:
     """safetensors' name of a config's dtype (`dtype` goes before `torch_dtype`, as in transformers); None when absent.
 
-    Raises UserError for a name that no stored tensor can have.
+    Raises UserError for a name that weights cannot have.
     """
     given = config.get("dtype") or config.get("torch_dtype")
     if given is None:
         return None
-    names = {torch_name: name for name, torch_name in TORCH_NAMES.items()}
+    names = {TORCH_NAMES[name]: name for name in ("BF16", "F16", "F32")}
     if (name := names.get(str(given).removeprefix("torch."))) is None:
         raise UserError(f"{CONFIG}: dtype is {given!r}; set it to one of {', '.join(sorted(names))}")
     return name
@@ -58,11 +59,12 @@ def export_config(source: dict[str, Any], *, dtype: str, fp8: Fp8Layout | None, 
     fp8: None removes `quantization_config`; a layout writes it, with keys of the source's own fp8 entry that say
     nothing about the layout kept. mtp_layers: next-token-prediction layers written, as `num_nextn_predict_layers`
     where the source has that key or there are some. The rotary embedding gets both `rope_theta`/`rope_scaling` and
-    `rope_parameters`; a source with one of them therefore comes back edited.
+    `rope_parameters`, and transformers 5's `num_local_experts` of Qwen3-MoE the `num_experts` that other loaders read;
+    a source with one of them therefore comes back edited.
     Raises UserError when the source's two spellings contradict each other.
     """
     edited = copy.deepcopy(source)
-    _spell_rope(edited)
+    _spell_both_ways(edited)
     edited["torch_dtype"] = edited["dtype"] = TORCH_NAMES[dtype]
     if fp8 is None:
         edited.pop("quantization_config", None)
@@ -109,6 +111,30 @@ def _matches(path: Path, patterns: tuple[str, ...]) -> bool:
     return any(fnmatch.fnmatchcase(path.name, pattern) for pattern in patterns)
 
 
+def check_config(config: dict[str, Any], file: Path) -> None:
+    """Raise UserError for a source's config.json whose spellings contradict each other, or whose quantisation is not
+    block FP8 as DeepSeek-V3 has it. file: named in the message.
+    """
+    _spell_both_ways(copy.deepcopy(config), f"{file}: ")
+    check_quantization(config, file)
+
+
+def check_quantization(config: dict[str, Any], file: Path) -> None:
+    """Raise UserError unless `quantization_config` is absent or that of block FP8 as DeepSeek-V3 has it."""
+    entry = config.get("quantization_config")
+    if entry is None:
+        return
+    if not isinstance(entry, dict):
+        raise UserError(f"{file}: quantization_config is {entry!r}; it should be a table of settings, or absent")
+    for key, only in {"quant_method": "fp8", "fmt": "e4m3", "weight_block_size": list(_BLOCK)}.items():
+        if key in entry and entry[key] != only:
+            raise UserError(
+                f"{file}: quantization_config.{key} is {entry[key]!r}, but only {only!r} can be read: E4M3 with "
+                "a scale for each 128x128 block, as DeepSeek-V3. Take an unquantised version of the model; if these "
+                "weights are not quantised, remove quantization_config"
+            )
+
+
 def _quantization(given: dict[str, Any] | None, fp8: Fp8Layout) -> dict[str, Any]:
     entry = dict(given) if given and given.get("quant_method") == "fp8" else {}
     entry |= {"quant_method": "fp8", "fmt": "e4m3", "activation_scheme": "dynamic"}
@@ -126,10 +152,20 @@ def _quantization(given: dict[str, Any] | None, fp8: Fp8Layout) -> dict[str, Any
     return entry
 
 
-def _spell_rope(config: dict[str, Any]) -> None:
-    """Add the spelling of the rotary embedding that is missing, in place."""
+def _spell_both_ways(config: dict[str, Any], said: str = f"{CONFIG}: ") -> None:
+    """Add the spellings that are missing, in place. said: how messages begin."""
+    _spell_rope(config, said)
+    local = config.get("num_local_experts")
+    if config.get("model_type") == "qwen3_moe" and local is not None:
+        if config.get("num_experts") not in (None, local):
+            raise _contradiction(said, "num_experts", config["num_experts"], "num_local_experts", local)
+        config["num_experts"] = local
+
+
+def _spell_rope(config: dict[str, Any], said: str) -> None:
+    """The same of the rotary embedding."""
     parameters = config.get("rope_parameters")
-    if parameters is None:
+    if not parameters:
         scaling = config.get("rope_scaling") or {}
         if (theta := scaling.get("rope_theta", config.get("rope_theta"))) is None:
             return  # neither spelling: every loader takes the architecture's own default
@@ -140,12 +176,18 @@ def _spell_rope(config: dict[str, Any]) -> None:
     if any(isinstance(value, dict) for value in parameters.values()):
         return  # one embedding a layer type: the older spelling cannot say that
     for key in ("rope_theta", "partial_rotary_factor"):
-        if key in parameters and config.setdefault(key, parameters[key]) != parameters[key]:
-            raise _contradiction(key, config[key], parameters[key])
+        if parameters.get(key) is None:
+            if config.get(key) is not None:
+                parameters[key] = config[key]
+            continue
+        if config.get(key) is None:
+            config[key] = parameters[key]
+        elif config[key] != parameters[key]:
+            raise _contradiction(said, key, config[key], "rope_parameters", parameters[key])
     kind, scaling = _rope_type(parameters), config.get("rope_scaling")
     if scaling is not None:
         if (_rope_type(scaling), _rest(scaling)) != (kind, _rest(parameters)):
-            raise _contradiction("rope_scaling", scaling, parameters)
+            raise _contradiction(said, "rope_scaling", scaling, "rope_parameters", parameters)
     elif kind != "default":
         # Code shipped beside older models reads `type`, libraries `rope_type`.
         config["rope_scaling"] = {"type": kind, "rope_type": kind, **_rest(parameters)}
@@ -160,8 +202,8 @@ def _rest(scaling: dict[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in scaling.items() if key not in kept_elsewhere}
 
 
-def _contradiction(key: str, old: object, new: object) -> UserError:
+def _contradiction(said: str, key: str, old: object, other: str, new: object) -> UserError:
     return UserError(
-        f"{CONFIG}: {key} is {old!r} but rope_parameters says {new!r}: loaders would read different models from it. "
+        f"{said}{key} is {old!r} but {other} says {new!r}: loaders would read different models from it. "
         "Remove the wrong one"
     )

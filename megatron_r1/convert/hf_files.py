@@ -11,7 +11,7 @@ import json
 import logging
 import os
 import re
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
@@ -255,11 +255,20 @@ def _read_header(file: Path) -> tuple[dict[str, Any], int, int]:
         opened.seek(8)
         raw = opened.read(length)
     try:
-        entries = json.loads(raw)
+        entries = json.loads(raw, object_pairs_hook=_each_once)
     except (ValueError, RecursionError) as error:
         raise UserError(f"{file} has a damaged header ({error}); {_AGAIN}") from None
     entries.pop("__metadata__", None)
     return entries, 8 + length, size
+
+
+def _each_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """A JSON object. Raises ValueError for a key that is there twice: readers differ in which of the two they take."""
+    made = dict(pairs)
+    if len(made) < len(pairs):
+        (twice, _), *_ = Counter(key for key, _ in pairs).most_common(1)
+        raise ValueError(f"{twice} is there more than once")
+    return made
 
 
 def _cut(

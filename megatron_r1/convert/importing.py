@@ -14,7 +14,6 @@ from megatron_r1.convert.correspondence import SCALE, Correspondence, Entry
 from megatron_r1.convert.hf_files import shard_layout
 from megatron_r1.convert.names import ALIASES, Spec, Spelling, shard_key, spell
 from megatron_r1.convert.plan import (
-    FP8,
     HfSource,
     OutputFile,
     Part,
@@ -22,7 +21,9 @@ from megatron_r1.convert.plan import (
     Target,
     check_coverage,
     check_used,
+    one_dtype,
 )
+from megatron_r1.convert.storage import FP8
 
 SCALES_FILE = "hf/scales.safetensors"
 """Where an import keeps the block scales of an FP8 source, for the export of what training leaves alone."""
@@ -41,15 +42,18 @@ def import_plan(source: HfSource, *, spec: Spec, dtype: str | None, file_bytes: 
     """The Megatron checkpoint of a Hugging Face one.
 
     spec: whose names it gets. dtype: a safetensors dtype for all weights but those the table keeps in float32; None:
-    as in the source, with BF16 for FP8. Raises UserError where the source does not hold the whole model.
+    as in the source, with BF16 for FP8. Raises UserError where the source does not hold the whole model, and for
+    tensors of several dtypes that Megatron stores as one.
     """
     writer = _Writer(file_bytes)
     naming = _Naming(source.table, spec)
-    for entry in source.table.entries.values():
-        where = naming.spelling(entry)
+    spelled = [(entry, naming.spelling(entry)) for entry in source.table.entries.values()]
+    dtypes = _stored_dtypes(source, spelled) if dtype is None else {}
+    for entry, where in spelled:
         key_shape = (*where.stack, *entry.shape)
         for rows in _chunks(entry):
-            target = _chunk(source, entry, where, rows, dtype)
+            chosen = "F32" if entry.rule.fp32 else dtype or dtypes[where.key]
+            target = _chunk(source, entry, where, rows, chosen)
             writer.add(target, key_shape)
     for key in naming.extra_states():
         writer.add_object(key)
@@ -71,13 +75,21 @@ def _chunks(entry: Entry) -> Iterator[range]:
         yield range(entry.shape[0])
 
 
-def _chunk(source: HfSource, entry: Entry, where: Spelling, rows: range, dtype: str | None) -> Target:
+def _stored_dtypes(source: HfSource, spelled: Sequence[tuple[Entry, Spelling]]) -> dict[str, str]:
+    """The one dtype of all that comes to lie under a key: fused projections, stacked layers and experts."""
+    found: dict[str, dict[str, str]] = {}
+    for entry, where in spelled:
+        for name in entry.hf if not entry.rule.fp32 else ():
+            stored = source.archive.tensors[name].dtype
+            found.setdefault(where.key, {})[name] = "BF16" if stored == FP8 else stored
+    return {key: one_dtype(f"{source.archive.folder}: {key}", dtypes) for key, dtypes in found.items()}
+
+
+def _chunk(source: HfSource, entry: Entry, where: Spelling, rows: range, dtype: str) -> Target:
     pieces = source.megatron_box(entry, rows, range(entry.width or 1))
-    found = pieces[0].dtype
     at = (*where.lead, rows.start, *((0,) if entry.width is not None else ()))
-    target_dtype = dtype or ("BF16" if found == FP8 else found)
     shape = (*(1 for _ in where.stack), len(rows), *((entry.width,) if entry.width is not None else ()))
-    target = Target(where.key, "F32" if entry.rule.fp32 else target_dtype, shape, pieces, axes=len(where.stack), at=at)
+    target = Target(where.key, dtype, shape, pieces, axes=len(where.stack), at=at)
     check_coverage(target)
     return target
 
@@ -152,6 +164,7 @@ class _Writer:
             Part(start + len(head) + target.bytes, tail),
         ]
         placed = self.tensors.setdefault(target.name, torch_dist.PlacedTensor(target.name, target.dtype, shape, []))
+        assert placed.dtype == target.dtype, f"{target.name} is written as {placed.dtype} and {target.dtype}"
         placed.chunks.append(torch_dist.PlacedChunk(target.at, target.shape, file.name, start, length))
 
     def add_object(self, key: str) -> None:
@@ -175,8 +188,9 @@ class _Writer:
 
 
 def _scales_file(source: HfSource) -> tuple[OutputFile, ...]:
+    """All scales, also of prediction layers that are left out: what is kept says of every FP8 tensor what it had."""
     tensors = source.archive.tensors
-    names = [name for name in tensors if name.endswith(SCALE) and name not in source.dropped]
+    names = [name for name in tensors if name.endswith(SCALE) and tensors[name.removesuffix(SCALE)].dtype == FP8]
     listed = [(name, tensors[name].dtype, tensors[name].shape) for name in names]
     (shard,) = shard_layout(listed, 1 << 62, None)
     targets = {n: Target(n, tensors[n].dtype, tensors[n].shape, source.whole(n)) for n in names}

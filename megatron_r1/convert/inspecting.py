@@ -16,8 +16,8 @@ from megatron_r1.convert.exporting import DTYPES, export_plan
 from megatron_r1.convert.importing import ImportPlan, import_plan
 from megatron_r1.convert.names import Spec
 from megatron_r1.convert.origin import Origin
-from megatron_r1.convert.plan import FP8, HfSource, MegatronSource
-from megatron_r1.convert.storage import Archive, Chunk, Stored
+from megatron_r1.convert.plan import HfSource, MegatronSource
+from megatron_r1.convert.storage import FP8, Archive, Chunk, Stored
 
 NOWHERE = Path("(planned)")
 

@@ -24,8 +24,8 @@ from megatron_r1.convert.correspondence import SCALE
 from megatron_r1.convert.execute import Buffer, Maker
 from megatron_r1.convert.names import parse
 from megatron_r1.convert.origin import Origin
-from megatron_r1.convert.plan import FP8, HfSource, MegatronSource, Quantise, Target, check_coverage
-from megatron_r1.convert.storage import ITEMSIZE, TORCH_NAMES, Chunk, Stored
+from megatron_r1.convert.plan import HfSource, MegatronSource, Quantise, Target, check_coverage
+from megatron_r1.convert.storage import FP8, ITEMSIZE, TORCH_NAMES, Chunk, Stored
 from megatron_r1.convert.write import check_equal
 
 Opened = HfSource | MegatronSource
@@ -108,10 +108,11 @@ def _hf_jobs(
     tested: HfSource, source: Opened, known: Origin, scales: Scales, problems: list[Difference]
 ) -> Iterator[Job]:
     tensors, table = tested.archive.tensors, tested.table
-    for name, of in table.copies.items():
-        if name not in tensors and known.has(name):
-            problems.append(Difference(name, why=f"missing, but the model came with this copy of {of}"))
-    for name in (name for name in table.hf_names if name in tensors):
+    for name in known.copies(table):
+        if name not in tensors:
+            why = f"missing, but the model came with this copy of {table.copies[name]}"
+            problems.append(Difference(name, why=why))
+    for name in table.names_in(tensors):
         stored = tensors[name]
         if isinstance(source, MegatronSource):
             pieces = source.hf_tensor(name)
@@ -126,7 +127,7 @@ def _hf_jobs(
             yield _whole_job(source, name + SCALE, scale)
             scale = None
         elif scale is not None:
-            target = replace(target, quantise=Quantise(scales, known.scales.get(name + SCALE)))
+            target = replace(target, quantise=Quantise(scales, known.kept_scale(name, scales)))
         check_coverage(target)
         yield Job(name, target, stored.chunks[0].file, stored.chunks[0].start, scale)
 

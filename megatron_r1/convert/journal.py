@@ -6,7 +6,7 @@ import fcntl
 import json
 import logging
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -18,14 +18,18 @@ from megatron_r1.convert.manifest import (
     MODE,
     PART,
     TOOL,
+    Blocks,
     FileRecord,
     disk_errors,
     fsync_folder,
+    has_checksums,
     is_inside,
+    make_folder,
     read_manifest,
     relative,
     some,
     write_all,
+    xxh3_128,
 )
 
 logger = logging.getLogger(__name__)
@@ -36,8 +40,8 @@ class Journal:
     """Which files of an unfinished conversion are whole: a line a file in `.conversion-journal.jsonl`, on disk at once.
 
     Its first line is {"files": [...]}, all the names that the conversion writes, so that --overwrite after a crash
-    knows its own files; then {"file", "plan", "bytes", "xxh3_128"} for each finished one. A line that cannot be read
-    (torn by a crash) counts as not written.
+    knows its own files; then {"file", "plan", "bytes", "xxh3_128"} for each finished one, with "fp8_blocks": [kept,
+    quantised anew] where it has some. A line that cannot be read (torn by a crash) counts as not written.
     """
 
     folder: Path
@@ -56,7 +60,7 @@ class Journal:
         if resume and overwrite:
             raise UserError(f"{folder}: --resume goes on with what is there, --overwrite removes it; give one of them")
         with disk_errors(folder):
-            folder.mkdir(parents=True, exist_ok=True)
+            make_folder(folder)
             lock = _locked(folder)
         try:
             journal = Journal._take(folder, set(files), resume, overwrite)
@@ -87,16 +91,20 @@ class Journal:
         return journal
 
     def done(self, file: str, plan: str) -> FileRecord | None:
-        """What was recorded of `file`, if the same plan made it and it still has its size; else None: write it."""
+        """What was recorded of `file`, if the same plan made it and it still has its size and checksum, for which it is
+        read; else None: write it.
+        """
         made_by, record = self.records.get(file, (None, None))
         path = self.folder / file
         if record is None or made_by != plan or not path.is_file() or path.stat().st_size != record.bytes:
             return None
-        return record
+        return record if xxh3_128(path) == record.xxh3_128 else None
 
     def add(self, file: str, plan: str, record: FileRecord) -> None:
         """Enter a file that lies whole under its final name; on disk on return. Raises as `disk_errors`."""
-        self._append({"file": file, "plan": plan, "bytes": record.bytes, "xxh3_128": record.xxh3_128})
+        line = {"file": file, "plan": plan, "bytes": record.bytes, "xxh3_128": record.xxh3_128}
+        blocks = {"fp8_blocks": [record.blocks.kept, record.blocks.new]} if record.blocks else {}
+        self._append({**line, **blocks})
         self.records[file] = (plan, record)
 
     def finish(self) -> None:
@@ -147,7 +155,8 @@ def _read_journal(path: Path) -> tuple[dict[str, tuple[str, FileRecord]], set[st
             if not all(is_inside(name) for name in names):
                 raise ValueError("names a file outside the folder")
             if "file" in line:
-                records[line["file"]] = (line["plan"], FileRecord(int(line["bytes"]), str(line["xxh3_128"])))
+                blocks = Blocks(*map(int, line.get("fp8_blocks", ())))
+                records[line["file"]] = (line["plan"], FileRecord(int(line["bytes"]), str(line["xxh3_128"]), blocks))
             announced.update(names)
         except (ValueError, KeyError, TypeError) as error:
             logger.warning("%s: a line is ignored (%s)", path, error)
@@ -162,15 +171,51 @@ def _not_empty(folder: Path, present: set[str], resume: bool) -> str:
         )
     if resume and MANIFEST in present:
         return (
-            f"{folder} holds nothing to resume: the conversion there finished. Use it, replace it with --overwrite, or "
-            "choose another folder"
+            f"{folder} holds nothing to resume: another conversion, or one of other files, finished there. Use it, "
+            "replace it with --overwrite, or choose another folder"
         )
     why = f"has no {JOURNAL}, so there is nothing to resume" if resume else f"is not empty ({some(present)})"
     return f"{folder} {why}. Choose another folder, or --overwrite to replace an earlier conversion"
 
 
-def _remove_conversion(folder: Path, present: set[str]) -> None:
-    """Remove an earlier conversion, if the folder holds nothing else; what says whose the files are goes last."""
+def finished_files(folder: Path, plan: str) -> dict[str, FileRecord] | None:
+    """The files of a conversion by this plan that finished in `folder`, as its manifest has them; None: there is none.
+
+    plan: as `write.combined_hash` makes it.
+    """
+    if (folder / JOURNAL).exists() or not has_checksums(folder):
+        return None
+    try:
+        manifest = read_manifest(folder)
+    except UserError:  # damaged: what cannot be read proves nothing
+        return None
+    if manifest.get("plan") != plan:
+        return None
+    blocks = manifest.get("fp8_blocks", {}).get("files", {})
+    return {
+        name: FileRecord(size, manifest["xxh3_128"][name], Blocks(*blocks.get(name, ())))
+        for name, size in manifest["files"].items()
+    }
+
+
+def reopen(folder: Path, plans: Mapping[str, str], files: Mapping[str, FileRecord]) -> None:
+    """Make a finished conversion an unfinished one, so that --resume writes what was damaged since.
+
+    plans: of its large files; files: as `finished_files` gives them. Raises as `disk_errors`.
+    """
+    journal = Journal(folder)
+    journal._append({"files": sorted(files)})
+    for name, plan in plans.items():
+        journal.add(name, plan, files[name])
+
+
+def foreign_files(folder: Path) -> set[str]:
+    """Names of the files in `folder` that no conversion wrote. Raises UserError for a damaged manifest."""
+    with disk_errors(folder):
+        return _foreign(folder, _all_files(folder)) if folder.is_dir() else set()
+
+
+def _foreign(folder: Path, present: set[str]) -> set[str]:
     own: set[str] = set()
     if MANIFEST in present:
         manifest = read_manifest(folder)
@@ -179,8 +224,12 @@ def _remove_conversion(folder: Path, present: set[str]) -> None:
             own |= {*manifest["files"], MANIFEST}
     if JOURNAL in present:
         own |= {*_read_journal(folder / JOURNAL)[1], JOURNAL, MANIFEST}
-    others = {name for name in present if name not in own and not name.endswith(PART)}
-    if others:
+    return {name for name in present if name not in own and not name.endswith(PART)}
+
+
+def _remove_conversion(folder: Path, present: set[str]) -> None:
+    """Remove an earlier conversion, if the folder holds nothing else; what says whose the files are goes last."""
+    if others := _foreign(folder, present):
         raise UserError(
             f"{folder} is not overwritten: no conversion wrote {some(others)}. Move them away, or choose another folder"
         )

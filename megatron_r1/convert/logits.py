@@ -95,7 +95,11 @@ def _enter(log: str) -> None:
 
 
 def _compute(hf: Path, megatron: Path, predictions: bool) -> Logits:
+    from megatron_r1.config.model import ModelConfig
+    from megatron_r1.model.presets import architecture
+
     arch = json.loads((hf / "config.json").read_bytes())
+    architecture(ModelConfig(config=hf), 1)  # conversion copies what Megatron here does not compute; this cannot
     tokens_BS = random_tokens(arch)
     theirs_BSV, notes = transformers_logits(hf, tokens_BS)
     gc.collect()

@@ -31,7 +31,7 @@ MANIFEST = "manifest.json"
 JOURNAL = ".conversion-journal.jsonl"
 PART = ".part"
 """Suffix of a file that is being written."""
-MODE = 0o644  # other users read the export, whatever the umask
+MODE, FOLDER_MODE = 0o644, 0o755  # other users read the export, whatever the umask
 TOOL = "megatron_r1.convert"
 BUFFER_BYTES = 8 << 20
 # Files that a loader picks up by their name: one that no conversion wrote changes what is loaded.
@@ -51,11 +51,30 @@ _CURES = {
 
 
 @dataclass(frozen=True, slots=True)
+class Blocks:
+    """How many blocks of quantised tensors kept the scale that they came with, and how many got another."""
+
+    kept: int = 0
+    new: int = 0
+
+    def __add__(self, other: Blocks) -> Blocks:
+        return Blocks(self.kept + other.kept, self.new + other.new)
+
+    def __bool__(self) -> bool:
+        return self.kept + self.new > 0
+
+    def __str__(self) -> str:
+        total = self.kept + self.new
+        return f"{self.kept:,} of {total:,} FP8 blocks keep the bytes they came with, {self.new:,} were quantised anew"
+
+
+@dataclass(frozen=True, slots=True)
 class FileRecord:
-    """A finished file."""
+    """A finished file. blocks: of the tensors in it."""
 
     bytes: int
     xxh3_128: str  # 32 hex digits
+    blocks: Blocks = Blocks()
 
 
 @contextmanager
@@ -105,16 +124,40 @@ def atomic_write(path: Path, data: bytes) -> FileRecord:
     return FileRecord(len(data), xxhash.xxh3_128_hexdigest(data))
 
 
-def check_free_space(folder: Path, needed_bytes: int) -> None:
-    """Raise UserError unless the disk of `folder` (which need not exist yet) has room for `needed_bytes`."""
+def make_folder(folder: Path) -> None:
+    """Make a folder and those above it, mode 0755; those that are there stay as they are. Raises OSError."""
+    if folder.is_dir():
+        return
+    if not folder.parent.exists():
+        make_folder(folder.parent)
+    try:
+        folder.mkdir()
+    except FileExistsError:
+        if not folder.is_dir():
+            raise
+    else:
+        folder.chmod(FOLDER_MODE)
+
+
+def check_free_space(folder: Path, needed_bytes: int, freed_bytes: int = 0) -> None:
+    """Raise UserError unless the disk of `folder` (which need not exist yet) has room for `needed_bytes`.
+
+    freed_bytes: will be removed there before.
+    """
     with disk_errors(folder):
         existing = next(place for place in (folder.absolute(), *folder.absolute().parents) if place.exists())
-        free = shutil.disk_usage(existing).free
+        free = shutil.disk_usage(existing).free + freed_bytes
     if free < needed_bytes:
         raise UserError(
             f"{folder}: the conversion writes {needed_bytes / 1e9:.3f} GB but only {free / 1e9:.3f} GB are free there. "
             f"Free {(needed_bytes - free) / 1e9:.3f} GB, or choose a folder on another disk"
         )
+
+
+def size_of(folder: Path) -> int:
+    """Bytes of all files in a folder; 0 where there is none. Raises as `disk_errors`."""
+    with disk_errors(folder):
+        return sum(path.lstat().st_size for path in folder.rglob("*") if path.is_symlink() or path.is_file())
 
 
 def xxh3_128(path: Path, progress: Callable[[int], None] | None = None) -> str:
@@ -183,6 +226,18 @@ def check_manifest(folder: Path, *, progress: Callable[[int], None] | None = Non
     ]
 
 
+def has_checksums(folder: Path) -> bool:
+    """Whether a folder has a manifest.json of this project with checksums, which `check_manifest` can compare.
+
+    Another program's manifest.json is none, and neither is that of a checkpoint of training, which has sizes only.
+    """
+    try:
+        manifest = json.loads((folder / MANIFEST).read_bytes())
+        return manifest["tool"]["name"] == TOOL and "xxh3_128" in manifest
+    except (OSError, ValueError, KeyError, TypeError, IndexError):
+        return False
+
+
 def read_manifest(folder: Path) -> dict[str, Any]:
     """manifest.json, checked. Raises UserError for none or a damaged one."""
     file = folder / MANIFEST
@@ -203,6 +258,12 @@ def read_manifest(folder: Path) -> dict[str, Any]:
             f"{file} is damaged ({error}): it is not what was written. Convert again, or copy the folder again"
         ) from None
     return manifest
+
+
+def fp8_blocks(folder: Path) -> Blocks:
+    """What became of the FP8 blocks of a conversion, by its manifest. Raises as `read_manifest`."""
+    counts = read_manifest(folder).get("fp8_blocks") or {}
+    return Blocks(int(counts.get("kept", 0)), int(counts.get("new", 0)))
 
 
 def relative(path: Path, folder: Path) -> str:

@@ -63,7 +63,7 @@ def canonical_suffix(name: str) -> str:
 class Parsed:
     """A stored key taken apart. axes: how many leading axes of the tensor are stacked layers or experts."""
 
-    template: str  # the canonical name with {} for every stacked index
+    template: str  # the canonical name with {} for every stacked index, and its own braces doubled
     axes: int
     half: int | None
 
@@ -75,6 +75,7 @@ class Parsed:
 def parse(key: str) -> Parsed:
     """The canonical spelling of a key of a torch_dist checkpoint or of Megatron-Core's sharded state."""
     half = None
+    key = key.replace("{", "{{").replace("}", "}}")  # a foreign key can hold any character
     if match := _HALF.match(key):
         key, half = match["name"], "wv".index(match["half"])
     match = _LAYER.match(key)

@@ -12,13 +12,14 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from megatron_r1.config.errors import UserError
-from megatron_r1.convert.correspondence import SCALE
+from megatron_r1.convert.correspondence import SCALE, Correspondence
 from megatron_r1.convert.hf_config import CONFIG, hf_dtype
 from megatron_r1.convert.hf_files import INDEX, is_hf, read_hf, read_safetensors
-from megatron_r1.convert.storage import Archive, Stored
+from megatron_r1.convert.manifest import some
+from megatron_r1.convert.storage import FP8, Archive, Stored
 
 KEPT = "hf"
 """Folder of a Megatron checkpoint with what an import keeps of the Hugging Face one."""
@@ -51,9 +52,21 @@ class Origin:
         """The dtype that config.json names."""
         return hf_dtype(self.config)
 
-    def has(self, name: str) -> bool:
-        """Whether the origin has this tensor, or does not say which it has."""
-        return self.weight_map is None or name in self.weight_map
+    @property
+    def scale_format(self) -> Literal["fp32", "power-of-2"]:
+        """Which block scales config.json says the FP8 tensors have."""
+        given = self.config.get("quantization_config") or {}
+        return "power-of-2" if given.get("scale_fmt") == "ue8m0" else "fp32"
+
+    def copies(self, table: Correspondence) -> list[str]:
+        """The repeated tensors that it has; where it does not say which it has, all but optional ones."""
+        if self.weight_map is None:
+            return [name for name in table.copies if name not in table.optional]
+        return [name for name in table.copies if name in self.weight_map]
+
+    def kept_scale(self, name: str, scales: Literal["fp32", "power-of-2"]) -> Stored | None:
+        """The scales that the blocks of a tensor may keep where scales of this format are written."""
+        return self.scales.get(name + SCALE) if scales == self.scale_format else None
 
 
 def of_archive(archive: Archive) -> Origin:
@@ -72,7 +85,8 @@ def of_archive(archive: Archive) -> Origin:
 def of_folder(folder: Path) -> Origin:
     """From a Hugging Face folder with or without weights, or from the `hf` folder of a Megatron checkpoint.
 
-    Raises UserError where there is no readable config.json, or a damaged record or checkpoint.
+    Raises UserError where there is no readable config.json, or a damaged record or checkpoint, or FP8 tensors whose
+    scales are gone: nothing would come out as it came in, and nobody would be told.
     """
     record = folder / RECORD
     if record.is_file():
@@ -84,6 +98,13 @@ def of_folder(folder: Path) -> Origin:
                 f"{record} is damaged ({error}); give the Hugging Face folder with --like instead"
             ) from None
         scales = read_safetensors(folder / SCALES) if (folder / SCALES).is_file() else {}
+        lost = [name for name, dtype in dtypes.items() if dtype == FP8 and name + SCALE not in scales]
+        if lost:
+            raise UserError(
+                f"{folder / SCALES} lacks the block scales of {some(lost)}, which {record} lists as FP8. Copy the "
+                "checkpoint again, import it again, or name the Hugging Face folder that it came from with --like "
+                f"(--like {folder / CONFIG}: without what is known of its tensors)"
+            )
         return Origin(folder, config_bytes(folder), dtypes, _index(folder), weight_map, scales)
     if is_hf(folder):
         return of_archive(read_hf(folder))

@@ -7,8 +7,9 @@ shapes or coverage is found first. `execute.py` carries a plan out.
 
 from __future__ import annotations
 
+import re
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import product
 from math import prod
@@ -17,10 +18,13 @@ from typing import Literal
 from megatron_r1.config.errors import UserError
 from megatron_r1.convert.correspondence import SCALE, Correspondence, Entry
 from megatron_r1.convert.names import MODEL, Place, places
-from megatron_r1.convert.storage import ITEMSIZE, Archive, Chunk, Stored
+from megatron_r1.convert.storage import FP8, ITEMSIZE, Archive, Chunk, Stored
 
 BLOCK = 128
-FP8 = "F8_E4M3"
+WEIGHTS = ("BF16", "F16", "F32")
+"""Dtypes of weights that are not quantised."""
+SCALES = ("F32", "BF16", "F16", "F8_E8M0")
+"""Dtypes of block scales."""
 _SHOWN = 6  # names that a message lists
 
 
@@ -218,7 +222,8 @@ class HfSource(Source):
         tensors = archive.tensors
         scales = {name for name in tensors if name.endswith(SCALE)}
         missing = [name for name in table.hf_names if name not in tensors and not table.may_be_missing(name)]
-        known = set(table.hf_names)
+        present = table.names_in(tensors)
+        known = {*table.hf_names, *table.optional}
         self.dropped: dict[str, str] = {}
         extra = []
         for name in tensors:
@@ -231,17 +236,20 @@ class HfSource(Source):
             else:
                 self.dropped[name] = why
         where = f"{archive.folder}"
-        no_scale = [n for n in table.hf_names if n in tensors and tensors[n].dtype == FP8 and n + SCALE not in tensors]
+        no_scale = [n for n in present if tensors[n].dtype == FP8 and n + SCALE not in tensors]
+        _refuse_unannounced(where, table, extra)
         _refuse(where, table, missing, extra)
         if no_scale:
             raise UserError(
                 f"{where}: {_some(no_scale)} are FP8 without their `*{SCALE}`; the checkpoint is incomplete"
             )
-        shapes = {n: (tensors[n].shape, table.hf_shape(n)) for n in table.hf_names if n in tensors}
-        for n in tensors:
-            if n in scales and n not in self.dropped:
-                matrix = table.hf_shape(n.removesuffix(SCALE))
-                shapes[n] = tensors[n].shape, tuple(-(-size // BLOCK) for size in matrix)
+        used_scales = [n for n in tensors if n in scales and n not in self.dropped]
+        _refuse_dtypes(where, (tensors[n] for n in present), (*WEIGHTS, FP8))
+        _refuse_dtypes(where, (tensors[n] for n in used_scales), SCALES, "block scales")
+        shapes = {n: (tensors[n].shape, table.hf_shape(n)) for n in present}
+        for n in used_scales:
+            matrix = table.hf_shape(n.removesuffix(SCALE))
+            shapes[n] = tensors[n].shape, tuple(-(-size // BLOCK) for size in matrix)
         _refuse_shapes(where, shapes)
 
     @property
@@ -291,7 +299,11 @@ class MegatronSource(Source):
         extra = []
         for stored in archive.tensors.values():
             if not stored.name.startswith(MODEL):
-                self.dropped[stored.name] = "not a tensor of the model"
+                why = next((why for pattern, why in _BESIDE if pattern.match(stored.name)), None)
+                if why is None:
+                    extra.append(stored.name)
+                else:
+                    self.dropped[stored.name] = why
                 continue
             for name, place in places(stored):
                 if name in table.entries:
@@ -301,6 +313,8 @@ class MegatronSource(Source):
                 else:
                     extra.append(name)
         where = f"{archive.folder}"
+        used = {place.stored.name: place.stored for found in self.places.values() for place in found}
+        _refuse_dtypes(where, used.values(), WEIGHTS)
         if any(name.startswith("scalar_head.") for name in archive.tensors):
             raise UserError(f"{where} holds a reward model: it has a scalar head where a language model has its output")
         missing = [name for name in table.entries if name not in self.places]
@@ -328,9 +342,10 @@ class MegatronSource(Source):
         return tuple(sorted(self._rows(entry, rows, 0, cols), key=_order))
 
     def dtype(self, name: str) -> str:
-        """Stored dtype of a Hugging Face tensor."""
+        """Stored dtype of a Hugging Face tensor. Raises UserError where its parts have several."""
         entry, _ = self.table.hf[self.table.copies.get(name, name)]
-        return self.places[entry.name][0].stored.dtype
+        stored = [place.stored for place in self.places[entry.name]]
+        return one_dtype(f"{self.archive.folder}: {name}", {each.name: each.dtype for each in stored})
 
     def _rows(self, entry: Entry, rows: range, at: int, cols: range) -> Iterator[Piece]:
         """Pieces of a box, placed from row `at` on."""
@@ -355,6 +370,14 @@ class MegatronSource(Source):
 
 
 _NOTHING = Stored("", "", (), ())
+_BESIDE = (
+    (re.compile(r"(chained_\d+\.)?optimizer\."), "optimizer state"),
+    (re.compile(r"reference\."), "the KL reference"),
+    (re.compile(r"rng(_state)?([./]|$)"), "random states"),
+    (re.compile(r"(opt_param_scheduler|scheduler|schedule)([./]|$)"), "the schedule of the learning rate"),
+    (re.compile(r"rerun_state_machine"), "state of Megatron-LM's fault detection"),
+)
+"""What a training checkpoint holds beside the model: how names begin -> what that is."""
 
 
 def check_coverage(target: Target) -> None:
@@ -383,6 +406,26 @@ def check_used(source: HfSource | MegatronSource) -> None:
             raise UserError(f"{source.archive.folder}: {source.used[name]} of {due} elements of {name} are used")
 
 
+def one_dtype(where: str, dtypes: Mapping[str, str]) -> str:
+    """The dtype that tensors have, by name. Raises UserError where they have several."""
+    first, *rest = dtypes
+    for name in rest:
+        if dtypes[name] != dtypes[first]:
+            raise UserError(
+                f"{where} is made of tensors of several dtypes: {first} is {dtypes[first]}, {name} is {dtypes[name]}. "
+                "Choose one for all weights with --dtype"
+            )
+    return dtypes[first]
+
+
+def _refuse_dtypes(where: str, tensors: Iterable[Stored], allowed: Sequence[str], what: str = "weights") -> None:
+    wrong = [f"{stored.name} is {stored.dtype}" for stored in tensors if stored.dtype not in allowed]
+    if wrong:
+        raise UserError(
+            f"{where}: {_some(wrong)}; {what} may be {', '.join(allowed)}. Cast them, or copy the folder again"
+        )
+
+
 def _refuse(where: str, table: Correspondence, missing: Sequence[str], extra: Sequence[str]) -> None:
     if not missing and not extra:
         return
@@ -398,6 +441,19 @@ def _refuse(where: str, table: Correspondence, missing: Sequence[str], extra: Se
             "false in a recipe)"
         )
     raise UserError(f"{where} does not fit the {table.family.name} architecture: {'; '.join(lines)}. {cure}")
+
+
+def _refuse_unannounced(where: str, table: Correspondence, extra: Sequence[str]) -> None:
+    """Raise UserError for layers behind the last one, which config.json should call multi-token prediction."""
+    layers = table.dims["layers"]
+    behind = {int(match[1]) for name in extra if (match := re.match(r"model\.layers\.(\d+)\.", name))}
+    behind = {layer for layer in behind if layer >= layers}
+    if behind and table.family.prediction and not table.dims["predictions"]:
+        raise UserError(
+            f"{where} has {len(behind)} layer(s) behind the {layers} that config.json's num_hidden_layers says, as "
+            f"multi-token prediction has them ({_some(extra)}), but config.json does not announce them: add "
+            f'"num_nextn_predict_layers": {len(behind)} to it; --no-mtp then leaves them out'
+        )
 
 
 def _refuse_shapes(where: str, shapes: Mapping[str, tuple[tuple[int, ...], tuple[int, ...]]]) -> None:

@@ -1,15 +1,18 @@
-"""Plans and inventories as text and JSON."""
+"""Plans and inventories as text and JSON: every tensor that is written, scales included, with its place in its file."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from megatron_r1.convert.conversion import Conversion
+from megatron_r1.convert.correspondence import SCALE
 from megatron_r1.convert.inspecting import Inventory
-from megatron_r1.convert.plan import Target
+from megatron_r1.convert.plan import OutputFile, Target
 from megatron_r1.convert.progress import size_text
+from megatron_r1.convert.storage import Stored
 
 
 def plan_lines(conversion: Conversion, workers: int) -> Iterator[str]:
@@ -17,43 +20,43 @@ def plan_lines(conversion: Conversion, workers: int) -> Iterator[str]:
     plan = conversion.plan
     for file in plan.files:
         yield f"{file.name}  {size_text(file.size)}"
-        for target in file.targets:
-            place = f" at {list(target.at)}" if target.at else ""
-            yield f"  {target.name}{place}  {target.dtype} {list(target.shape)}  {target.operation} <- {_sources(target)}"
+        for row in _rows(file):
+            place = f" at {list(row.at)}" if row.at else ""
+            yield f"  @{row.start} {row.name}{place}  {row.dtype} {list(row.shape)}  {row.operation} <- {row.source}"
     for name in conversion.last:
         yield f"{name}  {size_text(len(conversion.last[name]))}"
     for name, why in sorted(plan.dropped.items()):
         yield f"left out: {name} ({why})"
     for first, second in plan.equal:
         yield f"compared: {second.name} must equal {first.name}"
-    tensors = sum(1 for file in plan.files for _ in file.targets)
+    tensors = sum(1 for file in plan.files for _ in _rows(file))
     done = ", ".join(f"{name} {size_text(size)}" for name, size in conversion.operations.most_common())
     what = "chunks" if conversion.kind == "import" else "tensors"
     yield f"{tensors} {what} in {len(plan.files)} files, {size_text(plan.bytes)}: {done}"
-    yield f"memory: buffers of about {size_text(conversion.peak_bytes(workers))} for {workers} worker(s), and this plan"
+    memory = conversion.memory(workers)
+    yield (
+        f"memory: about {size_text(memory['process'] + memory['buffers'])}: {size_text(memory['process'])} for the "
+        f"imports and this plan (measured), {size_text(memory['buffers'])} for the buffers of {workers} worker(s)"
+    )
     yield from (f"note: {note}" for note in conversion.notes)
 
 
-def plan_json(conversion: Conversion) -> dict[str, Any]:
-    """The plan for machines: every file with its tensors and their sources as [file, byte, rows, columns, stride]."""
+def plan_json(conversion: Conversion, workers: int) -> dict[str, Any]:
+    """The plan for machines: every file with its tensors and their sources.
+
+    start: byte of the file at which the tensor begins. sources: [file, byte, rows, columns, stride] each. scales: block
+    scales that these are multiplied with, kept: those that a quantised tensor keeps where they fit, [name, file, byte].
+    `memory`: bytes of this process now and of the buffers of so many workers.
+    """
     return {
         "kind": conversion.kind,
         "bytes": conversion.plan.bytes,
+        "memory": conversion.memory(workers),
         "files": [
             {
                 "name": file.name,
                 "bytes": file.size,
-                "tensors": [
-                    {
-                        "name": target.name,
-                        "at": list(target.at),
-                        "dtype": target.dtype,
-                        "shape": list(target.shape),
-                        "operation": target.operation,
-                        "sources": [[p.file, p.start, p.rows, p.cols, p.stride] for p in target.pieces],
-                    }
-                    for target in file.targets
-                ],
+                "tensors": [_as_dict(row) for row in _rows(file)],
             }
             for file in conversion.plan.files
         ],
@@ -81,6 +84,82 @@ def inventory_lines(inventory: Inventory, *, each: bool, plans: Mapping[str, Any
         into, back = plans["import"], plans["export"]
         yield f"import can be planned: {into['tensors']:,} Megatron tensors, {size_text(into['bytes'])}"
         yield f"export can be planned: {back['tensors']:,} tensors in {back['files']} files, {size_text(back['bytes'])}"
+
+
+@dataclass(frozen=True, slots=True)
+class _Row:
+    """A tensor of a file that is written; scales: the block scales of `target`."""
+
+    start: int
+    target: Target
+    scales: bool = False
+
+    @property
+    def name(self) -> str:
+        return self.target.name + SCALE * self.scales
+
+    @property
+    def at(self) -> tuple[int, ...]:
+        return self.target.at
+
+    @property
+    def dtype(self) -> str:
+        return "F32" if self.scales else self.target.dtype
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.target.scale_shape() if self.scales else self.target.shape
+
+    @property
+    def operation(self) -> str:
+        return "scales" if self.scales else self.target.operation
+
+    @property
+    def source(self) -> str:
+        if self.scales:
+            return f"the blocks of {self.target.name}"
+        used = ", ".join(stored.name for stored in (*_scales_of(self.target), *_kept_of(self.target)))
+        return _sources(self.target) + (f" with {used}" if used else "")
+
+
+def _rows(file: OutputFile) -> Iterator[_Row]:
+    """The tensors of a file in the order of their bytes."""
+    rows = []
+    for part in file.parts:
+        if isinstance(part.content, Target):
+            rows.append(_Row(part.at, part.content, part.only_scales))
+            if part.scale_at is not None:
+                rows.append(_Row(part.scale_at, part.content, True))
+    return iter(sorted(rows, key=lambda row: row.start))
+
+
+def _as_dict(row: _Row) -> dict[str, Any]:
+    target = row.target
+    return {
+        "name": row.name,
+        "start": row.start,
+        "at": list(row.at),
+        "dtype": row.dtype,
+        "shape": list(row.shape),
+        "operation": row.operation,
+        "sources": [[p.file, p.start, p.rows, p.cols, p.stride] for p in target.pieces],
+        "scales": [_place(stored) for stored in _scales_of(target)],
+        "kept": [_place(stored) for stored in _kept_of(target)],
+    }
+
+
+def _scales_of(target: Target) -> list[Stored]:
+    """The block scales that a target's pieces are multiplied with, each once."""
+    return list({p.scale.stored.name: p.scale.stored for p in target.pieces if p.scale is not None}.values())
+
+
+def _kept_of(target: Target) -> list[Stored]:
+    """The block scales that a quantised target keeps where they fit."""
+    return [] if target.quantise is None or target.quantise.kept is None else [target.quantise.kept]
+
+
+def _place(stored: Stored) -> list[Any]:
+    return [stored.name, stored.chunks[0].file, stored.chunks[0].start]
 
 
 def _sources(target: Target) -> str:

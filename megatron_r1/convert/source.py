@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from megatron_r1.convert import legacy, torch_dist
 from megatron_r1.convert.correspondence import Correspondence
+from megatron_r1.convert.hf_config import CONFIG, check_quantization
 from megatron_r1.convert.hf_files import is_hf, read_hf
+from megatron_r1.convert.origin import config_bytes
 from megatron_r1.convert.plan import HfSource, MegatronSource
 
 
@@ -28,6 +31,7 @@ def open_source(folder: Path, arch: Mapping[str, Any], *, predictions: bool) -> 
     """
     table = Correspondence(arch, predictions=predictions)
     if is_hf(folder):
+        check_quantization(json.loads(config_bytes(folder)), folder / CONFIG)
         return HfSource(read_hf(folder), table)
     return read_megatron(torch_dist.checkpoint_folder(folder), table)
 

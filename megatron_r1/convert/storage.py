@@ -22,6 +22,7 @@ TORCH_NAMES = {
     **{"I8": "int8", "U8": "uint8", "BOOL": "bool"},
 }
 """torch's name of each of these dtypes."""
+FP8 = "F8_E4M3"
 
 
 @dataclass(frozen=True, slots=True)

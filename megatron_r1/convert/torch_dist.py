@@ -36,7 +36,6 @@ from megatron_r1.convert.unpickle import (
     StorageInfo,
     TensorStorageMetadata,
     read_pickle,
-    read_torch,
     unpickle,
 )
 
@@ -64,15 +63,6 @@ def checkpoint_folder(folder: Path) -> Path:
     if not found.is_dir():
         raise UserError(f"{tracker} names {found.name}, which is not in {folder}: correct it, or name another folder")
     return found
-
-
-def read_common(folder: Path) -> dict[str, Any]:
-    """`common.pt`: what is not sharded; of Megatron-LM's checkpoints `args` is an `Inert` with the dict as `.state`."""
-    path = checkpoint_folder(folder) / "common.pt"
-    common = read_torch(path)
-    if not isinstance(common, dict):
-        raise damaged(str(path), "it holds no dict")
-    return common
 
 
 def read_torch_dist(folder: Path) -> Archive:

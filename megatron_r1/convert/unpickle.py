@@ -179,6 +179,25 @@ class _Encoded(metaclass=_Frozen):
         return text.encode("latin1")
 
 
+class _Bytes(metaclass=_Frozen):
+    """`bytes` of what the pickle itself holds: text in latin1, as protocol 2 spells a bytearray, or bytes. bytes(n)
+    would take as much memory as a few digits can ask for.
+    """
+
+    made = bytes
+
+    def __new__(cls, content: Any = b"", encoding: str = "latin-1") -> Any:
+        if encoding not in ("latin-1", "latin1") or not isinstance(content, bytes | bytearray | str):
+            raise ValueError(f"{cls.made.__name__} of {type(content).__name__}")
+        return cls.made(content.encode("latin1") if isinstance(content, str) else content)
+
+
+class _ByteArray(_Bytes):
+    """The same, of `bytearray`."""
+
+    made = bytearray  # type: ignore[assignment]
+
+
 class _Tensor(metaclass=_Frozen):
     """`_rebuild_tensor` and `_v2`: (storage, offset, sizes, strides, ...)."""
 
@@ -247,8 +266,11 @@ _GLOBALS: dict[tuple[str, str], Any] = {
     ("collections", "defaultdict"): _DefaultMapping,
     ("_codecs", "encode"): _Encoded,
     **{
-        (module, kind.__name__): kind
-        for kind in (set, frozenset, complex, bytes, bytearray, slice)
+        (module, name): kind
+        for name, kind in {
+            **{kind.__name__: kind for kind in (set, frozenset, complex, slice)},
+            **{"bytes": _Bytes, "bytearray": _ByteArray},
+        }.items()
         for module in ("builtins", "__builtin__")
     },
     ("builtins", "getattr"): _Attribute,

@@ -18,13 +18,13 @@ from typing import Any, Literal
 from megatron_r1.config.errors import UserError
 from megatron_r1.convert import origin
 from megatron_r1.convert.correspondence import SCALE, Correspondence
-from megatron_r1.convert.hf_config import CONFIG, export_config, hf_dtype
+from megatron_r1.convert.hf_config import CONFIG, export_config, hf_dtype, read_aux
 from megatron_r1.convert.logits import Logits, compare_logits, memory_needed
 from megatron_r1.convert.manifest import JOURNAL, MANIFEST, check_manifest
-from megatron_r1.convert.plan import FP8, HfSource
+from megatron_r1.convert.plan import HfSource
 from megatron_r1.convert.report import Check, Report, failed, not_done
 from megatron_r1.convert.sides import Side, known_origin, open_both
-from megatron_r1.convert.storage import Archive
+from megatron_r1.convert.storage import FP8, Archive
 from megatron_r1.convert.structure import check_structure
 
 Progress = Callable[[int], None]
@@ -136,10 +136,12 @@ def _hf_config(name: str, tested: Side, other: Side | None, like: Path | None) -
     if quantised != bool(config.get("quantization_config")):
         has = "is missing, but tensors are FP8" if quantised else "is there, but no tensor is FP8"
         problems.append(f"quantization_config {has}: loaders read another model")
+    if quantised and _scales(tested) == "power-of-2":
+        problems += _other_scales(tested.source.archive)
     if other is None or (other.kind == "megatron" and other.config == tested.folder):
         why = _NO_SOURCE if other is None else "SOURCE keeps no config.json and there is no --like"
         summary = f"{CONFIG} fits the tensors (quantization); not compared: {why}"
-        return Check(name, "failed" if problems else "ok", problems[0] if problems else summary)
+        return Check(name, "failed" if problems else "ok", problems[0] if problems else summary, problems[1:])
     assert other.source is not None
     dtype = _usual_dtype(archive)
     if (said := hf_dtype(config)) not in (None, dtype):
@@ -154,6 +156,26 @@ def _hf_config(name: str, tested: Side, other: Side | None, like: Path | None) -
     return Check(name, "ok", f"{CONFIG} says the same as that of {other.config}, and fits the tensors")
 
 
+def _other_scales(archive: Archive) -> list[str]:
+    """Scales that are not what `scale_fmt` ue8m0 says: powers of two. Those of 0, of zeros, are left alone."""
+    import torch
+
+    from megatron_r1.convert.execute import Maker
+
+    maker, wrong = Maker(), []
+    try:
+        for stored in archive.tensors.values():
+            if stored.name.endswith(SCALE):
+                scale = maker.scale(stored)
+                mantissa, _ = torch.frexp(scale)
+                count = int(((mantissa != 0.5) & (scale != 0)).sum())
+                if count:
+                    wrong.append(f"scale_fmt is ue8m0, but {count} scales of {stored.name} are no powers of two")
+    finally:
+        maker.close()
+    return wrong
+
+
 def _differing_keys(found: dict[str, Any], due: dict[str, Any]) -> list[str]:
     return [
         f"{key}: {json.dumps(found.get(key))} instead of {json.dumps(due.get(key))}"
@@ -165,16 +187,24 @@ def _differing_keys(found: dict[str, Any], due: dict[str, Any]) -> list[str]:
 def _kept_files(name: str, kept: Path, other: Side) -> Check:
     """What an import keeps, apart from scales, which `inverse` compares."""
     assert other.source is not None
-    due = origin.kept_files(origin.of_archive(other.source.archive))
+    beside, _ = read_aux(other.folder)
+    due = origin.kept_files(origin.of_archive(other.source.archive)) | beside
     problems = []
     for file, content in due.items():
         path = kept / file
         if not path.is_file():
             problems.append(f"{origin.KEPT}/{file} is missing")
-        elif json.loads(path.read_bytes()) != json.loads(content):
+        elif (found := path.read_bytes()) != content and (file in beside or not _same_json(found, content)):
             problems.append(f"{origin.KEPT}/{file} is not what {other.folder} has")
     files = ", ".join(f"{origin.KEPT}/{file}" for file in due)
     return Check(name, "failed" if problems else "ok", f"{files} against {other.folder}", problems)
+
+
+def _same_json(found: bytes, due: bytes) -> bool:
+    try:
+        return bool(json.loads(found) == json.loads(due))
+    except ValueError:
+        return False
 
 
 def _usual_dtype(archive: Archive) -> str:

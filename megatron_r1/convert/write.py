@@ -18,21 +18,25 @@ import xxhash
 from megatron_r1 import __version__
 from megatron_r1.config.errors import UserError
 from megatron_r1.convert.execute import BAND, Maker
-from megatron_r1.convert.journal import Journal
+from megatron_r1.convert.journal import Journal, finished_files, reopen
 from megatron_r1.convert.manifest import (
+    Blocks,
     FileRecord,
     atomic_write,
     check_free_space,
+    make_folder,
     replacing,
+    size_of,
     write_manifest,
     xxh3_128,
 )
 from megatron_r1.convert.plan import OutputFile, Part, Plan, Target
 from megatron_r1.convert.storage import Stored
 
-WRITE = 512 << 10
-"""Most bytes of a write, and where they begin: the page cache takes larger ones in larger units, whose memory a virtual
-machine may first have to get back from its host, at up to ten times the processor time."""
+WRITE = 128 << 10
+"""Most bytes of a write, and what its end is a multiple of. For larger ones the page cache takes its memory in larger
+units; a virtual machine has to get those back from its host first, at several times the processor time.
+"""
 Progress = Callable[[int], None]
 """Called with bytes that are done, from any thread."""
 
@@ -47,32 +51,62 @@ def carry_out(
     overwrite: bool,
     progress: Progress,
     about: Mapping[str, Any],
-) -> None:
-    """Write a conversion into `folder`.
+) -> bool:
+    """Write a conversion into `folder`; False: it finished there before, every checksum is right, nothing is written.
 
     last: small files that make the folder loadable (config, index, metadata): written when all others are on disk, so
     an interrupted conversion never looks complete. about: facts for manifest.json, which is the very last.
-    resume: files that an interrupted conversion finished, by the same plan from the same sources, stay.
+    resume: files that a conversion finished, by the same plan from the same sources, stay if their checksums are right.
 
     Raises UserError for a disk that is full or cannot be written, a source that is damaged, copies that differ;
     RunFailed for a disk that breaks.
     """
     state = cache(_state)
     plans = {file.name: plan_hash(file, state) for file in plan.files}
+    whole = combined_hash(plans, last)
+    if resume and (files := finished_files(folder, whole)) is not None:
+        if _unchanged(folder, files, workers, progress):
+            return False
+        reopen(folder, plans, files)
+    if overwrite:
+        check_free_space(folder, plan.bytes + sum(map(len, last.values())), size_of(folder))
     with closing(Journal.open(folder, resume, overwrite=overwrite, files=[*plans, *last])) as journal:
         records = _write_files(plan, folder, journal, plans, workers, progress)
+        about = {**about, **_counted_blocks(records)}
         for name, content in last.items():
-            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            make_folder((folder / name).parent)
             records[name] = atomic_write(folder / name, content)
-        write_manifest(folder, records, about)
+        write_manifest(folder, records, {**about, "plan": whole})
         journal.finish()
+    return True
+
+
+def _counted_blocks(records: Mapping[str, FileRecord]) -> dict[str, Any]:
+    """What manifest.json says of FP8 blocks, of whole runs and of those that were resumed; nothing without any."""
+    files = {name: [record.blocks.kept, record.blocks.new] for name, record in records.items() if record.blocks}
+    kept, new = (sum(counts[i] for counts in files.values()) for i in (0, 1))
+    return {"fp8_blocks": {"kept": kept, "new": new, "files": files}} if files else {}
+
+
+def _unchanged(folder: Path, files: Mapping[str, FileRecord], workers: int, progress: Progress) -> bool:
+    """Whether all these files are what they were when they were written."""
+
+    def same(name: str) -> bool:
+        path = folder / name
+        found = path.is_file() and path.stat().st_size == files[name].bytes
+        return found and xxh3_128(path, progress) == files[name].xxh3_128
+
+    with ThreadPoolExecutor(workers) as pool:
+        return all(list(pool.map(same, files)))
 
 
 def _write_files(
     plan: Plan, folder: Path, journal: Journal, plans: Mapping[str, str], workers: int, progress: Progress
 ) -> dict[str, FileRecord]:
     """Write the files that the journal does not have, and compare the copies."""
-    records = {name: found for name in plans if (found := journal.done(name, plans[name])) is not None}
+    with ThreadPoolExecutor(workers) as pool:
+        done_before = pool.map(journal.done, plans.keys(), plans.values())
+        records = {name: found for name, found in zip(plans, done_before, strict=True) if found is not None}
     todo = [file for file in plan.files if file.name not in records]
     check_free_space(folder, sum(file.size for file in todo))
     progress(sum(file.size for file in plan.files if file.name in records))
@@ -104,10 +138,10 @@ def _write_files(
 def write_file(file: OutputFile, folder: Path, progress: Progress, stop: threading.Event) -> FileRecord:
     """Write one file and return its size and checksum. Raises as `carry_out`."""
     path = folder / file.name
-    path.parent.mkdir(parents=True, exist_ok=True)
+    make_folder(path.parent)
     # Scales are known after the tensor that they stand before, so such a file is read again for its checksum.
     in_order = all(part.scale_at is None for part in file.parts)
-    digest, maker = xxhash.xxh3_128(), Maker()
+    digest, maker, blocks = xxhash.xxh3_128(), Maker(), Blocks()
     try:
         with replacing(path) as handle:
             for part in sorted(file.parts, key=lambda part: part.at):
@@ -119,6 +153,8 @@ def write_file(file: OutputFile, folder: Path, progress: Progress, stop: threadi
                         digest.update(view)
                     at = _write(handle, view, at)
                     progress(len(view))
+                if isinstance(part.content, Target) and part.content.quantise is not None and not part.only_scales:
+                    blocks += maker.blocks
                 if part.scale_at is not None:
                     assert maker.scales is not None
                     scales = maker.scales.numpy().tobytes()
@@ -128,7 +164,7 @@ def write_file(file: OutputFile, folder: Path, progress: Progress, stop: threadi
                 raise RuntimeError(f"{path}: {os.fstat(handle).st_size} bytes written where the plan has {file.size}")
     finally:
         maker.close()
-    return FileRecord(file.size, digest.hexdigest() if in_order else xxh3_128(path))
+    return FileRecord(file.size, digest.hexdigest() if in_order else xxh3_128(path), blocks)
 
 
 def _views(part: Part, maker: Maker) -> Iterator[bytes | memoryview]:
@@ -160,6 +196,30 @@ def plan_hash(file: OutputFile, state: Callable[[str], str]) -> str:
     return digest.hexdigest()
 
 
+def combined_hash(plans: Mapping[str, str], last: Mapping[str, bytes]) -> str:
+    """What a whole conversion writes: the hashes of its files' plans, and the small files themselves."""
+    digest = hashlib.blake2b(digest_size=16)
+    for name, plan in sorted(plans.items()):
+        digest.update(repr((name, plan)).encode())
+    for name, content in sorted(last.items()):
+        digest.update(repr((name, content)).encode())
+    return digest.hexdigest()
+
+
+def finished(plan: Plan, folder: Path, last: Mapping[str, bytes]) -> bool:
+    """Whether this very conversion finished in `folder`; checksums are not looked at."""
+    state = cache(_state)
+    plans = {file.name: plan_hash(file, state) for file in plan.files}
+    return finished_files(folder, combined_hash(plans, last)) is not None
+
+
+def source_files(plan: Plan) -> set[str]:
+    """Every file that a plan reads."""
+    parts = (part.content for file in plan.files for part in file.parts)
+    found = {name for content in parts if isinstance(content, Target) for name in _files_of(content)}
+    return found | {stored.chunks[0].file for pair in plan.equal for stored in pair}
+
+
 def _state(source: str) -> str:
     found = os.stat(source)
     return f"{found.st_size} {found.st_mtime_ns}"
@@ -176,9 +236,11 @@ def check_equal(first: Stored, second: Stored) -> None:
             maker.reader.read(one.file, one.start + done, memoryview(left)[:size])
             other.reader.read(two.file, two.start + done, memoryview(right)[:size])
             if first.dtype != second.dtype or left[:size] != right[:size]:
+                cure = "--no-mtp converts the model without its multi-token-prediction layer"
+                if second.name == "lm_head.weight":
+                    cure = "config.json ties them: set its tie_word_embeddings to false if the head is one of its own"
                 raise UserError(
-                    f"{second.name} differs from {first.name}, but Megatron has one tensor for both; "
-                    "--no-mtp converts the model without its multi-token-prediction layer"
+                    f"{second.name} differs from {first.name}, but Megatron has one tensor for both; {cure}"
                 )
     finally:
         maker.close()

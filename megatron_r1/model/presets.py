@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import difflib
 import json
-from collections.abc import Mapping, Set
+from collections.abc import Collection, Mapping, Set
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -95,6 +95,21 @@ ONLY: dict[str, Any] = {
     "topk_method": "noaux_tc",
     "use_sliding_window": False,
 }
+# Those of them that decide which tensors there are, or the order of their rows.
+_TENSORS = frozenset(
+    (
+        *("attention_bias", "decoder_sparse_step", "mlp_bias", "mlp_only_layers", "moe_layer_freq"),
+        *("rope_interleave", "topk_method"),
+    )
+)
+# Sizes that conversion tables compute with, wherever a family has them; those that may also be null (or 0).
+_SIZES = (
+    *("head_dim", "hidden_size", "intermediate_size", "kv_lora_rank", "moe_intermediate_size", "n_routed_experts"),
+    *("n_shared_experts", "num_attention_heads", "num_experts", "num_hidden_layers", "num_key_value_heads"),
+    *("qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim", "vocab_size"),
+)
+_OPTIONAL_SIZES = ("first_k_dense_replace", "num_nextn_predict_layers", "q_lora_rank")
+_MAY_BE_NULL = ("head_dim", "num_key_value_heads", "num_nextn_predict_layers", "q_lora_rank")
 
 
 def preset_names() -> list[str]:
@@ -136,14 +151,16 @@ def architecture(model: ModelConfig, tokenizer_vocab: int) -> Architecture:
 def load_architecture(path: Path) -> Architecture:
     """The architecture of a checkpoint that is converted, from its config.json or the folder that holds it.
 
-    Spelled like `architecture`'s, and refused like it, except that keys that change no tensor (such as `rope_theta` or
-    `num_experts_per_tok`) may be missing, and that no tokenizer is compared. Raises UserError, naming the file.
+    Spelled like `architecture`'s. Keys that change no tensor (such as `rope_theta` or `num_experts_per_tok`) may be
+    missing or say what the layers built here do not compute: conversion copies them as they are, and what runs the
+    model asks `architecture`. Raises UserError, naming the file, for everything that the tensors depend on.
     """
     config = _from_file(path, "", optional=_NO_TENSOR)
     file = path / "config.json" if path.is_dir() else path
-    _refuse_unsupported(config, str(file))
+    _refuse_other_values(config, str(file), _TENSORS)
     if config["vocab_size"] is None:
         raise UserError(f"{file}: vocab_size is null; write down how many rows the checkpoint's embedding has")
+    _check_sizes(config, str(file))
     return config
 
 
@@ -165,14 +182,17 @@ def _from_file(path: Path, said: str, optional: Set[str] = frozenset()) -> Archi
     """said: how messages begin, before the file's name; optional: REQUIRED keys that may be missing."""
     file = path / "config.json" if path.is_dir() else path
     try:
-        config = json.loads(file.read_text())
+        config = json.loads(file.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise UserError(f"{said}there is no file {file}; give a Hugging Face config.json or its folder") from None
-    except (OSError, json.JSONDecodeError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"{said}{file} is not readable JSON: {error}") from None
     if not isinstance(config, dict) or config.get("model_type") not in FAMILIES:
         given = config.get("model_type") if isinstance(config, dict) else type(config).__name__
         raise UserError(f"{said}{file} has model_type {given!r}; supported: {', '.join(FAMILIES)}")
+    for key in ("rope_parameters", "rope_scaling"):
+        if not isinstance(config.get(key), dict | None):
+            raise UserError(f"{said}{file}: {key} is {config[key]!r}; it should be a table of settings, or null")
     config = _with_one_rope_spelling(config)
     if config["model_type"] == "qwen3_moe" and "num_local_experts" in config:  # as transformers 5 writes it
         experts = config.pop("num_local_experts")
@@ -201,15 +221,41 @@ def _with_one_rope_spelling(config: Architecture) -> Architecture:
     return config
 
 
-def _refuse_unsupported(config: Architecture, said: str) -> None:
-    """said: what messages begin with."""
+def _check_sizes(config: Architecture, said: str) -> None:
+    """Raise UserError unless every key that conversion tables compute with is a number that makes sense."""
+    for key in (*_SIZES, *_OPTIONAL_SIZES):
+        value, least = config.get(key), 0 if key in _OPTIONAL_SIZES else 1
+        if key not in config or (value is None and key in _MAY_BE_NULL):
+            continue
+        if type(value) is not int or value < least:
+            also = ", or null" if key in _MAY_BE_NULL else ""
+            raise UserError(f"{said}: {key} is {value!r}; it should be a whole number from {least} on{also}")
+    if type(tied := config.get("tie_word_embeddings")) not in (bool, type(None)):
+        raise UserError(f"{said}: tie_word_embeddings is {tied!r}; it should be true or false")
+    heads, groups = config["num_attention_heads"], config.get("num_key_value_heads") or 1
+    if config["model_type"] != "deepseek_v3" and heads % groups:
+        raise UserError(
+            f"{said}: num_attention_heads = {heads} is no multiple of num_key_value_heads = {groups}: every key-value "
+            "head serves as many query heads"
+        )
+
+
+def _refuse_other_values(config: Architecture, said: str, keys: Collection[str]) -> None:
+    """Raise UserError where one of these keys of ONLY has another value. said: what messages begin with."""
     family = config["model_type"]
-    for key, only in ONLY.items():
+    for key in keys:
+        only = ONLY[key]
         if config.get(key, only) not in (only, None):
             raise UserError(
                 f"{said}: {key} = {config[key]!r} is not supported for {family}: its layers are built with "
                 f"{key} = {only!r} only, and another value would silently give another model"
             )
+
+
+def _refuse_unsupported(config: Architecture, said: str) -> None:
+    """said: what messages begin with."""
+    family = config["model_type"]
+    _refuse_other_values(config, said, ONLY)
     scaling = config["rope_scaling"]
     if scaling is None:
         return

@@ -11,7 +11,9 @@ import torch.distributed as dist
 
 from megatron_r1.config.errors import RunFailed, UserError
 from megatron_r1.config.run import ExportStage
-from megatron_r1.convert.conversion import Conversion, export_conversion, run
+from megatron_r1.convert.conversion import Conversion, check_source, export_conversion, finished, run
+from megatron_r1.convert.journal import foreign_files
+from megatron_r1.convert.manifest import JOURNAL, MANIFEST, fp8_blocks, some
 from megatron_r1.observe.progress import Progress
 from megatron_r1.train.context import RunContext
 from megatron_r1.train.exclusions import record_export
@@ -25,8 +27,8 @@ _LOOK_SECONDS = 2.0  # between two looks at whether rank 0 is done, or was asked
 def run_export(stage: ExportStage, context: RunContext, start: Path | None) -> dict[str, Any]:
     """Write `<stage>/hf` from the checkpoint `start`; returns counts. Rank 0 writes, the others wait. Collective.
 
-    An export that was killed goes on with the files that are not done. Raises UserError on all ranks for a checkpoint
-    that cannot be exported.
+    An export that was killed goes on with the files that are not done; a finished one of the same checkpoint is only
+    checked. Raises UserError on all ranks for a checkpoint that cannot be exported.
     """
     if start is None:
         raise UserError(f"stage {stage.name!r} exports nothing: set `from` to a stage or a checkpoint folder")
@@ -82,13 +84,23 @@ class _Writer(threading.Thread):
             predictions=config.model.mtp is not False,
             shard_bytes=int(self.stage.shard_gb * 1e9),
         )
-        self._write(conversion)
-        record_export(self.target.parent, self.begin)
         for note in conversion.notes:
             logger.info("stage %s: %s", self.stage.name, note)
-        logger.info("stage %s: %s", self.stage.name, self.target)
+        if strays := foreign_files(self.target):
+            raise UserError(
+                f"stage {self.stage.name!r}: {self.target} holds {some(strays)}, which no export wrote, and loaders "
+                "may read it with the model. Move it away, then start the run again"
+            )
+        check_source(conversion, workers=self.stage.workers)
+        self._write(conversion)
+        record_export(self.target.parent, self.begin)
+        blocks = fp8_blocks(self.target)
+        logger.info("stage %s: %s%s", self.stage.name, self.target, f": {blocks}" if blocks else "")
         tensors = sum(1 for file in conversion.plan.files for _ in file.targets)
-        return {"export/tensors": tensors, "export/bytes": conversion.plan.bytes, "folder": str(self.target)}
+        counts = {"export/tensors": tensors, "export/bytes": conversion.plan.bytes}
+        if blocks:
+            counts |= {"export/fp8_blocks_kept": blocks.kept, "export/fp8_blocks_new": blocks.new}
+        return {**counts, "folder": str(self.target)}
 
     def _write(self, conversion: Conversion) -> None:
         total, done, lock = max(conversion.plan.bytes, 1), 0, threading.Lock()
@@ -101,14 +113,15 @@ class _Writer(threading.Thread):
                     if 100 * before // total < 100 * done // total:
                         progress.update(100 * done // total, {})
 
-            # An earlier attempt's files are resumed, or replaced where another checkpoint or setting made them.
-            finished = (self.target / "manifest.json").is_file()
+            # An earlier attempt's files stay, or are replaced where another checkpoint or setting made them.
+            unfinished = (self.target / JOURNAL).is_file() or not (self.target / MANIFEST).is_file()
+            resume = unfinished or finished(conversion, self.target)
             run(
                 conversion,
                 self.target,
                 workers=self.stage.workers,
-                resume=not finished,
-                overwrite=finished,
+                resume=resume,
+                overwrite=not resume,
                 progress=advance,
             )
 

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import signal
+import time
 from pathlib import Path
 
 import pytest
@@ -11,8 +14,10 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
+from megatron_r1.convert.manifest import JOURNAL, MANIFEST, check_manifest
 from megatron_r1.observe.metrics import read_metrics
-from tests.e2e.recipes import RECIPE, finish
+from tests.e2e.recipes import RECIPE, finish, living, start, wait_until
+from tests.reference.synthetic_hf import write_family
 
 MORE = """
 [[stage]]
@@ -112,3 +117,121 @@ def test_an_export_like_another_model_is_refused(exported: Path, tmp_path: Path)
     )
     assert process.returncode == 2
     assert "another model than the one trained: hidden_size = 64 instead of 32" in process.stderr, process.stderr
+
+
+def undone(run: Path) -> None:
+    """Make the export stage one that is still to do; what it wrote stays."""
+    file = run / "stages.json"
+    content = json.loads(file.read_text())
+    next(state for state in content["stages"] if state["name"] == "hf")["state"] = "running"
+    file.write_text(json.dumps(content))
+
+
+def written(folder: Path) -> dict[str, tuple[int, int]]:
+    """Of the finished shards: what changes when one is written again."""
+    return {file.name: (file.stat().st_ino, file.stat().st_mtime_ns) for file in folder.glob("*.safetensors")}
+
+
+def test_an_export_that_is_killed_or_refused_goes_on(exported: Path, tmp_path: Path) -> None:
+    """Two ranks, of which one writes: both end, whatever becomes of it."""
+    run, recipe = tmp_path / "run", exported.parent / "recipe.toml"
+    shutil.copytree(exported, run)
+    undone(run)
+    target, small = run / "hf" / "hf", "stage.hf.shard_gb=0.000001"  # a file a tensor
+    arguments = ("run", recipe, "--run-dir", run, *LAYOUT, small, "stage.hf.workers=1")
+    (target / "model.safetensors").write_bytes(b"of another plan")
+
+    process = start(*arguments, output=tmp_path / "killed.log")
+    wait_until(lambda: (target / JOURNAL).exists() and len(written(target)) > 3, process, "the export")
+    os.kill(process.pid, signal.SIGKILL)
+    process.wait()
+    deadline = time.monotonic() + 10
+    while living(process.pid):
+        assert time.monotonic() < deadline, "a rank outlived the launcher"
+        time.sleep(0.02)
+    entered = [json.loads(line) for line in (target / JOURNAL).read_text().splitlines()]
+    before = {name: written(target)[name] for name in (line["file"] for line in entered if "file" in line)}
+    assert before and not (target / MANIFEST).exists()
+
+    (target / "notes.txt").write_text("mine")
+    refused = finish(*arguments)
+    assert refused.returncode == 2, refused.stderr
+    assert f"stage 'hf': {target} holds notes.txt, which no export wrote" in refused.stderr
+    assert "Move it away, then start the run again" in refused.stderr and "--overwrite" not in refused.stderr
+    (target / "notes.txt").rename(tmp_path / "notes.txt")
+
+    last = finish(*arguments)
+    assert last.returncode == 0, last.stderr
+    after = written(target)
+    assert {name: after[name] for name in before} == before and len(after) > len(before)
+    assert check_manifest(target) == []
+    assert all_tensors(target).keys() == load_file(exported / "hf" / "hf" / "model.safetensors").keys()
+    for name, value in load_file(exported / "hf" / "hf" / "model.safetensors").items():
+        assert torch.equal(all_tensors(target)[name], value), name
+
+    undone(run)
+    again = finish(*arguments)
+    assert again.returncode == 0, again.stderr
+    assert written(target) == after  # finished and the same: nothing to write
+    result = next(s for s in json.loads((run / "stages.json").read_text())["stages"] if s["name"] == "hf")["result"]
+    assert result["export/tensors"] == len(all_tensors(target))
+
+
+def all_tensors(folder: Path) -> dict[str, torch.Tensor]:
+    """Every tensor of a folder."""
+    return {name: value for file in sorted(folder.glob("*.safetensors")) for name, value in load_file(file).items()}
+
+
+FP8 = """
+name = "fp8"
+seed = 1
+
+[model]
+config = "{hf}"
+precision = "bf16"
+
+[tokenizer]
+kind = "huggingface"
+path = "{hf}"
+
+[[stage]]
+name = "more"
+kind = "pretrain"
+from = "{hf}"
+steps = 1
+batch_tokens = 256
+optimizer = {{ lr = 1e-6 }}
+corpus = [{{ options = {{ terms = 2 }}, styles = {{ direct = 1.0 }} }}]
+
+[[stage]]
+name = "hf"
+kind = "export"
+from = "more"
+"""
+
+
+@pytest.mark.slow
+def test_fp8_weights_through_training_in_bf16(tmp_path: Path) -> None:
+    """The blocks that one tiny step leaves alone keep their bytes; the others are near what they were."""
+    hf = tmp_path / "model"
+    write_family(hf, "deepseek_v3", fp8=True)
+    (tmp_path / "recipe.toml").write_text(FP8.format(hf=hf), encoding="utf-8")
+    process = finish("run", tmp_path / "recipe.toml", "--run-dir", tmp_path / "run")
+    assert process.returncode == 0, process.stderr
+    found, given = all_tensors(tmp_path / "run" / "hf" / "hf"), all_tensors(hf)
+    assert {name: (t.dtype, t.shape) for name, t in found.items()} == {n: (t.dtype, t.shape) for n, t in given.items()}
+    for name, value in found.items():
+        if value.dtype == torch.float8_e4m3fn:
+            one, other = (dequantised(tensors, name) for tensors in (found, given))
+            assert float((one - other).norm() / other.norm()) < 0.05, name
+    config = json.loads((tmp_path / "run" / "hf" / "hf" / "config.json").read_text())
+    assert config["quantization_config"] == json.loads((hf / "config.json").read_text())["quantization_config"]
+    verified = finish("convert", "verify", tmp_path / "run" / "hf" / "hf", "--json")
+    assert verified.returncode == 0, verified.stdout
+
+
+def dequantised(tensors: dict[str, torch.Tensor], name: str) -> torch.Tensor:
+    """float32 [R, C] of a tensor in 128x128 blocks."""
+    codes = tensors[name].float()
+    scale = tensors[f"{name}_scale_inv"].repeat_interleave(128, 0).repeat_interleave(128, 1)
+    return codes * scale[: codes.shape[0], : codes.shape[1]]

@@ -1,7 +1,8 @@
 """Small random Hugging Face checkpoints, laid out as released ones are, for the tests of conversion.
 
 Weights and names come from transformers' own models and `save_pretrained`; the layer for multi-token prediction, which
-transformers does not know, is an additional decoder layer with DeepSeek-V3's names. FP8 is the slow reference's.
+transformers does not know, is an additional decoder layer with DeepSeek-V3's names. FP8 is the slow reference's, with
+scales a little larger than a fresh quantisation would choose, so that a lost one shows.
 """
 
 from __future__ import annotations
@@ -148,7 +149,7 @@ def write_family(
     tensors = {name: value.to(_dtype(name, dtype)) for name, value in random_weights(config, seed).items()}
     written = {**config, "torch_dtype": str(dtype).removeprefix("torch."), "transformers_version": "4.51.0"}
     if fp8:
-        tensors = quantised(tensors, power_of_2=fp8 == "ue8m0")
+        tensors = quantised(tensors, power_of_2=fp8 == "ue8m0", factor=2.0 if fp8 == "ue8m0" else 1.003)
         written["quantization_config"] = {
             **{"activation_scheme": "dynamic", "fmt": "e4m3", "quant_method": "fp8", "weight_block_size": [128, 128]},
             **({"scale_fmt": "ue8m0"} if fp8 == "ue8m0" else {}),
@@ -205,8 +206,11 @@ def prediction_tensors(prefix: str, weights: dict[str, torch.Tensor], hidden: in
     }
 
 
-def quantised(tensors: dict[str, torch.Tensor], *, power_of_2: bool) -> dict[str, torch.Tensor]:
-    """The weights of linear layers as float8_e4m3fn, each followed by its float32 `_scale_inv`."""
+def quantised(tensors: dict[str, torch.Tensor], *, power_of_2: bool, factor: float = 1.0) -> dict[str, torch.Tensor]:
+    """The weights of linear layers as float8_e4m3fn, each followed by its float32 `_scale_inv`.
+
+    factor: above 1, scales are so many times what the largest value of their block asks for.
+    """
     result: dict[str, torch.Tensor] = {}
     for name, value in tensors.items():
         if (
@@ -215,6 +219,10 @@ def quantised(tensors: dict[str, torch.Tensor], *, power_of_2: bool) -> dict[str
             and not name.endswith(tuple(f"{n}.weight" for n in UNQUANTISED))
         ):
             codes, scale = quantise(value, (128, 128), "power-of-2" if power_of_2 else "fp32")
+            if factor != 1.0:
+                scale = scale * factor
+                spread = scale.repeat_interleave(128, 0).repeat_interleave(128, 1)[: value.shape[0], : value.shape[1]]
+                codes = (value.float() / spread).to(torch.float8_e4m3fn)
             result |= {name: codes.contiguous(), f"{name}_scale_inv": scale}
         else:
             result[name] = value

@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from megatron_r1.config.errors import UserError
 from megatron_r1.convert import execute
 from megatron_r1.convert.execute import Buffer, Maker, Reader, buffer_bytes
+from megatron_r1.convert.manifest import Blocks
 from megatron_r1.convert.plan import Piece, Quantise, Scale, Target
 from megatron_r1.convert.storage import TORCH_NAMES, Chunk, Stored
 from megatron_r1.model.block_fp8 import dequantise, quantise
@@ -175,6 +176,7 @@ def test_kept_scales_stay_where_they_give_the_same_values(disk: Disk) -> None:
     expected, expected_scale = codes.clone(), kept.clone()
     expected[128:, :128], expected_scale[1, 0] = fresh[128:, :128], fresh_scale[1, 0]
     assert maker.scales is not None and torch.equal(maker.scales, expected_scale)
+    assert maker.blocks == Blocks(kept=5, new=1)
     assert torch.equal(found.view(256, 384), expected.view(torch.uint8))
 
 
@@ -192,6 +194,47 @@ def test_what_cannot_be_converted_is_named(disk: Disk) -> None:
     piece = Piece(0, 0, 130, 10, file, start, 10, "F8_E4M3", Scale(scales, 0, 0))
     with pytest.raises(UserError, match=rf"lm_head: {file}: .*row 128, column 7"):
         streamed(Target("lm_head", "BF16", (130, 10), (piece,)))
+
+
+# (from, to): the largest number that stays finite, and the next one of the source's dtype.
+NARROWED = {
+    ("F32", "F16"): (65519.99609375, 65520.0),
+    ("BF16", "F16"): (65280.0, 65536.0),
+    ("F32", "BF16"): (float.fromhex("0x1.fefffep127"), float.fromhex("0x1.ffp127")),
+}
+
+
+@pytest.mark.parametrize(("source", "dtype"), NARROWED)
+def test_numbers_that_would_become_infinities_are_named(source: str, dtype: str, disk: Disk) -> None:
+    """Those that just fit are cast, infinities and NaNs that were there are carried on."""
+    fits, beyond = NARROWED[source, dtype]
+    value = torch.ones(40, 6, dtype=DTYPES[source])
+    value[3, 4], value[5, 5], value[6, 0] = -fits, torch.inf, torch.nan
+    assert value[3, 4].item() == -fits and value[3, 4].to(DTYPES[dtype]).isfinite()
+
+    def target() -> Target:
+        file, start = disk.put(value)
+        width = value.itemsize * 6
+        pieces = tuple(Piece(r, 0, 20, 6, file, start + r * width, width, source) for r in (0, 20))
+        return Target("made", dtype, (40, 6), pieces)
+
+    assert streamed(target()) == raw(value.to(DTYPES[dtype]))
+    value[27, 2] = -beyond
+    assert value[27, 2].to(DTYPES[dtype]).isinf()
+    with pytest.raises(
+        UserError, match=rf"made: -.* at row 27, column 2 is beyond the range of b?float16 \({disk.folder}"
+    ):
+        streamed(target())
+
+
+def test_fp8_that_does_not_fit_is_named(disk: Disk) -> None:
+    codes, scale = torch.full((130, 200), 0x7E, dtype=torch.uint8), torch.ones(2, 2)
+    scale[1, 1] = 147  # 448 * 147 is more than float16 has
+    file, start = disk.put(codes)
+    piece = Piece(0, 0, 130, 200, file, start, 200, "F8_E4M3", Scale(disk.store("scales", scale, "F32"), 0, 0))
+    assert streamed(Target("made", "BF16", (130, 200), (piece,)))
+    with pytest.raises(UserError, match=rf"made: {file}: a value beyond the range of float16 at row 128, column 128"):
+        streamed(Target("made", "F16", (130, 200), (piece,)))
 
 
 def test_a_file_that_is_cut_or_gone_is_named(disk: Disk) -> None:

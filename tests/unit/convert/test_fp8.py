@@ -14,7 +14,14 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from megatron_r1.convert import fp8
-from megatron_r1.convert.fp8 import NotFinite, Scratch, decode_scales, dequantise_rows, quantise_rows
+from megatron_r1.convert.fp8 import (
+    NotFinite,
+    Scratch,
+    decode_scales,
+    dequantise_rows,
+    largest_magnitude,
+    quantise_rows,
+)
 from megatron_r1.model.block_fp8 import E4M3_MAX, Scales, dequantise, quantise
 
 BLOCK = (128, 128)
@@ -90,6 +97,12 @@ def fast_values(codes: torch.Tensor, scale: torch.Tensor, dtype: torch.dtype, sc
     return out
 
 
+def first_infinity(values: torch.Tensor) -> list[int] | None:
+    """(row, column) of the first block of rows' first infinity: where dequantise_rows stops."""
+    places = torch.isinf(values).nonzero()
+    return places[0].tolist() if len(places) else None
+
+
 def fast_codes(x: torch.Tensor, scales: Scales, kept: torch.Tensor | None, scratch: Scratch = SCRATCH) -> Any:
     codes = torch.full(x.shape, 99, dtype=torch.uint8)
     scale = torch.full((blocks(x.shape[0]), blocks(x.shape[1])), 7.0)
@@ -101,15 +114,18 @@ def reference_codes(x: torch.Tensor, scales: Scales, kept: torch.Tensor | None) 
     """The rule of kept scales written out, a block at a time."""
     codes, scale = quantise(x, BLOCK, scales)
     codes = codes.view(torch.uint8).clone()
-    for p in range(scale.shape[0] if kept is not None else 0):
+    if kept is None:
+        return codes, scale
+    for p in range(scale.shape[0]):
         for q in range(scale.shape[1]):
             place = (slice(128 * p, 128 * p + 128), slice(128 * q, 128 * q + 128))
             old = float(kept[p, q])
-            if not (old > 0 and torch.tensor(E4M3_MAX * old).to(x.dtype).isfinite()):
-                continue
-            rounded = (x[place].float() / old).clamp(-E4M3_MAX, E4M3_MAX).to(torch.float8_e4m3fn)
-            if same((rounded.float() * old).to(x.dtype), x[place].contiguous()):
-                codes[place], scale[p, q] = rounded.view(torch.uint8), old
+            rounded = (x[place].float() / (old or 1.0)).clamp(-E4M3_MAX, E4M3_MAX).to(torch.float8_e4m3fn)
+            for form in {x.dtype, torch.bfloat16} if x.dtype == torch.float32 else {x.dtype}:
+                if not (old >= 0 and torch.tensor(E4M3_MAX * old).to(form).isfinite()):
+                    continue
+                if same((rounded.float() * old).to(form).to(x.dtype), x[place].contiguous()):
+                    codes[place], scale[p, q] = rounded.view(torch.uint8), old
     return codes, scale
 
 
@@ -120,7 +136,11 @@ def test_every_code_times_every_kind_of_scale(exponent: float, dtype: torch.dtyp
     for scale in (2.0**exponent, -(2.0**exponent), 0.0):
         codes, factor = CODES.expand(2, 254).contiguous(), torch.full((1, 2), scale)
         expected = reference_values(codes, factor, dtype)
-        assert same(fast_values(codes, factor, dtype), expected)
+        if (first := first_infinity(expected)) is not None:
+            with pytest.raises(NotFinite, match=f"beyond the range of .*float.* at row 0, column {first[1]}$"):
+                fast_values(codes, factor, dtype)
+        else:
+            assert same(fast_values(codes, factor, dtype), expected)
     assert float(expected.abs().max()) == 0 and bool((bits(expected) != 0).any())  # a scale of 0 leaves signs
 
 
@@ -129,7 +149,29 @@ def test_every_code_times_every_kind_of_scale(exponent: float, dtype: torch.dtyp
 def test_values_equal_the_reference(seed: int, rows: int, columns: int, dtype: torch.dtype, elements: int) -> None:
     draw = torch.Generator().manual_seed(seed)
     codes, scale = draw_codes(draw, rows, columns), draw_scale(draw, rows, columns, -149, 127)
-    assert same(fast_values(codes, scale, dtype, Scratch(elements)), reference_values(codes, scale, dtype))
+    expected = reference_values(codes, scale, dtype)
+    if (first := first_infinity(expected)) is not None:
+        with pytest.raises(NotFinite, match="at row {}, column {}$".format(*first)):
+            fast_values(codes, scale, dtype, Scratch(elements))
+    else:
+        assert same(fast_values(codes, scale, dtype, Scratch(elements)), expected)
+
+
+@examples
+@given(seed=seeds, rows=heights, columns=widths, dtype=dtypes, elements=sizes)
+def test_values_near_the_largest_equal_the_reference(
+    seed: int, rows: int, columns: int, dtype: torch.dtype, elements: int
+) -> None:
+    """Where the largest code just fits and just does not."""
+    draw = torch.Generator().manual_seed(seed)
+    high = math.log2(torch.finfo(dtype).max / 448)
+    codes, scale = draw_codes(draw, rows, columns), draw_scale(draw, rows, columns, high - 2, high + 0.01)
+    expected = reference_values(codes, scale, dtype)
+    if (first := first_infinity(expected)) is not None:
+        with pytest.raises(NotFinite, match="at row {}, column {}$".format(*first)):
+            fast_values(codes, scale, dtype, Scratch(elements))
+    else:
+        assert same(fast_values(codes, scale, dtype, Scratch(elements)), expected)
 
 
 @examples
@@ -253,7 +295,7 @@ def test_power_of_2_blocks_come_back_without_kept_scales() -> None:
     codes, scale = fast_codes(x, "power-of-2", None)
     values = fast_values(codes, scale, torch.float32)
     again = fast_codes(values, "power-of-2", None)
-    assert same(fast_values(*again, torch.float32), values)
+    assert same(fast_values(again[0], again[1], torch.float32), values)
 
 
 @pytest.mark.parametrize("code", [0x7F, 0xFF])
@@ -298,7 +340,59 @@ def test_what_would_be_the_code_of_nan_is_not_kept() -> None:
     assert codes.item() == 0x7E and scale.item() == np.float32(480) / np.float32(448)
 
 
-@pytest.mark.parametrize("kept", [0.0, -0.0, -1.0, math.nan, math.inf])
+def test_a_scale_of_0_stays_with_its_zeros() -> None:
+    """Their signs too; beside them a block that is not zero gets another scale, and 0 is never divided by."""
+    kept = torch.tensor([[0.0, 0.0, 0.5]])
+    x = torch.zeros(128, 384, dtype=torch.bfloat16)
+    x[3, 4], x[5, 130], x[:, 256:] = -0.0, 7.0, 1.0
+    codes, scale = fast_codes(x, "fp32", kept)
+    assert scale.tolist() == [[0.0, 7.0 / np.float32(448), 0.5]]
+    assert codes[3, 4] == 0x80 and int(codes[:, :128].sum()) == 0x80
+    assert same(fast_values(codes, scale, torch.bfloat16), x)
+
+
+def test_float32_blocks_that_went_through_bfloat16_keep_their_bytes() -> None:
+    """A block at a time: one is as BF16 had it, one as float32 has it, in one a value moved by a float32 ulp."""
+    draw = torch.Generator().manual_seed(5)
+    codes, scale = draw_codes(draw, 200, 300), draw_scale(draw, 200, 300, -14, -10)
+    exact, rounded = fast_values(codes, scale, torch.float32), fast_values(codes, scale, torch.bfloat16).float()
+    assert not torch.equal(exact, rounded)
+    x = rounded.clone()
+    x[:, 128:256] = exact[:, 128:256]
+    assert all(map(same, fast_codes(x, "fp32", scale), (codes, scale)))
+    x[130, 20] = torch.nextafter(x[130, 20], torch.tensor(math.inf))
+    again = fast_codes(x, "fp32", scale)
+    assert (again[1] != scale).nonzero().tolist() == [[1, 0]]
+    again[0][128:, :128] = codes[128:, :128]
+    assert same(again[0], codes)
+
+
+@examples
+@given(seed=seeds, rows=heights, columns=widths, dtype=dtypes)
+def test_the_largest_magnitude(seed: int, rows: int, columns: int, dtype: torch.dtype) -> None:
+    """Of both signs and of one, in a part of a matrix, beside infinities and NaNs of either sign."""
+    x = draw_values(torch.Generator().manual_seed(seed), rows, columns, dtype)
+    for part in (x, x[:, columns // 2 :], x.abs(), -x.abs()):
+        assert largest_magnitude(part) == part.float().abs().max()
+    for value in (math.inf, -math.inf):
+        x[rows // 2, columns // 2] = value
+        assert largest_magnitude(x) == math.inf
+    for value in (math.nan, -math.nan):
+        x[0, columns - 1] = value
+        assert math.isnan(largest_magnitude(x))
+
+
+def test_kept_blocks_are_counted() -> None:
+    draw = torch.Generator().manual_seed(6)
+    scale = draw_scale(draw, 300, 300, -14, -10)
+    x = fast_values(draw_codes(draw, 300, 300), scale, torch.bfloat16)
+    x[0, 0], x[290, 290], x[291, 291] = 3.0, 3.0, 3.0
+    codes, written = torch.empty(300, 300, dtype=torch.uint8), torch.empty(3, 3)
+    assert quantise_rows(x, codes, written, SCRATCH, kept=scale) == 7
+    assert quantise_rows(x, codes, written, SCRATCH) == 0
+
+
+@pytest.mark.parametrize("kept", [-0.0, -1.0, math.nan, math.inf])
 def test_scales_that_cannot_be_kept_are_replaced(kept: float) -> None:
     """Even where rounding with them would give the values back: zeros, and a negative scale's own values."""
     codes = CODES.expand(128, 254).contiguous()

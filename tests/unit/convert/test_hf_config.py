@@ -13,7 +13,15 @@ from transformers.quantizers.quantizers_utils import should_convert_module
 
 from megatron_r1.config.errors import UserError
 from megatron_r1.config.model import ModelConfig
-from megatron_r1.convert.hf_config import Fp8Layout, aux_files, config_bytes, export_config, hf_dtype, read_aux
+from megatron_r1.convert.hf_config import (
+    Fp8Layout,
+    aux_files,
+    check_config,
+    config_bytes,
+    export_config,
+    hf_dtype,
+    read_aux,
+)
 from megatron_r1.model.presets import architecture, preset_names
 
 YARN = {"factor": 40.0, "original_max_position_embeddings": 4096, "beta_fast": 32, "beta_slow": 1}
@@ -92,6 +100,55 @@ def test_every_spelling_is_the_same_model_to_transformers(tmp_path: Path, name: 
 def test_contradicting_spellings_are_refused(change: dict[str, Any], key: str) -> None:
     with pytest.raises(UserError, match=f"{key}.*Remove the wrong one"):
         export(NEW | change)
+
+
+def test_what_the_newer_spelling_lacks_comes_from_the_top_level(tmp_path: Path) -> None:
+    exported = export(OLD | {"rope_parameters": {"rope_type": "default"}})
+    assert exported["rope_parameters"] == {"rope_type": "default", "rope_theta": 1e6}
+    (tmp_path / "config.json").write_bytes(encode(exported))
+    assert AutoConfig.from_pretrained(tmp_path).rope_parameters["rope_theta"] == 1e6
+    assert export(OLD | {"rope_theta": None, "rope_parameters": {"rope_theta": 5.0}})["rope_theta"] == 5.0
+    assert export(OLD | {"rope_parameters": {}})["rope_parameters"] == {"rope_theta": 1e6, "rope_type": "default"}
+
+
+def test_the_number_of_experts_in_both_spellings(tmp_path: Path) -> None:
+    """transformers 5 writes num_local_experts; other loaders read num_experts."""
+    new = NEW | {"model_type": "qwen3_moe", "num_local_experts": 8}
+    exported = export(new)
+    assert exported["num_experts"] == exported["num_local_experts"] == 8
+    (tmp_path / "config.json").write_bytes(encode(exported))
+    assert AutoConfig.from_pretrained(tmp_path).num_experts == 8
+    assert "num_local_experts" not in export(NEW | {"model_type": "qwen3_moe", "num_experts": 8})
+    assert "num_experts" not in export(NEW | {"num_local_experts": 8})  # of another family: not ours to explain
+    with pytest.raises(UserError, match=r"num_experts is 4 but num_local_experts says 8.*Remove the wrong one"):
+        export(new | {"num_experts": 4})
+
+
+FILE = Path("/models/x/config.json")
+
+
+@pytest.mark.parametrize(
+    ("quantization", "words"),
+    [
+        (V3_QUANTIZATION | {"weight_block_size": [64, 64]}, r"quantization_config.weight_block_size is \[64, 64\]"),
+        (V3_QUANTIZATION | {"weight_block_size": None}, "weight_block_size is None"),
+        (V3_QUANTIZATION | {"fmt": "e5m2"}, "quantization_config.fmt is 'e5m2', but only 'e4m3'"),
+        (V3_QUANTIZATION | {"quant_method": "awq"}, "quantization_config.quant_method is 'awq', but only 'fp8'"),
+        ("fp8", "quantization_config is 'fp8'; it should be a table"),
+    ],
+)
+def test_other_quantisation_is_refused_by_its_key(quantization: Any, words: str) -> None:
+    with pytest.raises(UserError, match=rf"^{FILE}: .*{words}|^{FILE}: {words}"):
+        check_config(OLD | {"quantization_config": quantization}, FILE)
+
+
+def test_a_source_s_config_is_checked_as_a_whole() -> None:
+    for quantization in (None, {}, {"quant_method": "fp8"}, V3_QUANTIZATION, V3_QUANTIZATION | {"scale_fmt": "ue8m0"}):
+        check_config(OLD | {"quantization_config": quantization}, FILE)
+    config = OLD | {"rope_parameters": {"rope_theta": 7.0}}
+    with pytest.raises(UserError, match=f"^{FILE}: rope_theta is 1000000.0 but rope_parameters says 7.0"):
+        check_config(config, FILE)
+    assert config == OLD | {"rope_parameters": {"rope_theta": 7.0}}
 
 
 def test_agreeing_spellings_and_what_only_one_can_say_stay() -> None:

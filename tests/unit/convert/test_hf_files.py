@@ -277,6 +277,17 @@ def copy_shard(folder: Path) -> None:
     edit_index(lambda index: index["weight_map"].update({"model.layers.9.w": "again.safetensors"}))(folder)
 
 
+def repeated(folder: Path) -> None:
+    """A second entry of a tensor before the first: readers that take the last one see nothing."""
+    file = sorted(folder.glob("*.safetensors"))[1]
+    content = file.read_bytes()
+    length = int.from_bytes(content[:8], "little")
+    name = next(key for key in json.loads(content[8 : 8 + length]) if key != "__metadata__")
+    again = json.dumps({name: {"dtype": "U8", "shape": [1], "data_offsets": [0, 1]}}).encode()
+    new = again[:-1] + b"," + content[9 : 8 + length]
+    file.write_bytes(len(new).to_bytes(8, "little") + new + content[8 + length :])
+
+
 def swap(index: dict[str, Any]) -> None:
     files = index["weight_map"]
     files["model.layers.0.w"], files["model.layers.5.w"] = files["model.layers.5.w"], files["model.layers.0.w"]
@@ -303,6 +314,10 @@ BROKEN: dict[str, tuple[Callable[[Path], object], str]] = {
     "no offsets": (edit_header(lambda h: first(h).pop("data_offsets")), rf"{SHARD} has a damaged header: tensor"),
     "list dtype": (edit_header(lambda h: first(h).update(dtype=["F32"])), rf"{SHARD} has a damaged header: tensor"),
     "unknown dtype": (edit_header(lambda h: first(h).update(dtype="F4")), rf"{SHARD}: .* dtype 'F4', .* F8_E4M3"),
+    "twice in a header": (
+        repeated,
+        rf"{SHARD} has a damaged header \(model\.layers\.[0-9]\.w is there more than once\); download",
+    ),
     "not in its shard": (edit_header(lambda h: h.update(new=h.pop("model.layers.2.w"))), r"model\.layers\.2\.w, exp"),
     "not in the index": (edit_index(lambda i: i["weight_map"].pop("model.layers.3.w")), r"not name: model\.layers\.3"),
     "shard not in the index": (

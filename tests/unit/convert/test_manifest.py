@@ -19,7 +19,7 @@ from megatron_r1.checkpoint import folders
 from megatron_r1.config.errors import RunFailed, UserError
 from megatron_r1.convert import journal as journal_module
 from megatron_r1.convert import manifest as module
-from megatron_r1.convert.journal import Journal
+from megatron_r1.convert.journal import Journal, finished_files, foreign_files, reopen
 from megatron_r1.convert.manifest import (
     JOURNAL,
     MANIFEST,
@@ -28,6 +28,7 @@ from megatron_r1.convert.manifest import (
     check_free_space,
     check_manifest,
     disk_errors,
+    has_checksums,
     replacing,
     write_manifest,
     xxh3_128,
@@ -83,6 +84,14 @@ def test_a_written_file_is_readable_by_all(tmp_path: Path, private_umask: None) 
     assert {(tmp_path / "new" / name).stat().st_mode & 0o777 for name in names(tmp_path / "new")} == {0o644}
     convert(tmp_path / "new", resume=True)
     assert {(tmp_path / "new" / name).stat().st_mode & 0o777 for name in names(tmp_path / "new")} == {0o644}
+
+
+def test_new_folders_are_readable_by_all(tmp_path: Path, private_umask: None) -> None:
+    (tmp_path / "mine").mkdir(mode=0o700)
+    convert(tmp_path / "mine" / "new" / "deep")
+    new = [tmp_path / "mine" / name for name in ("new", "new/deep")]
+    assert [folder.stat().st_mode & 0o777 for folder in new] == [0o755] * 2
+    assert (tmp_path / "mine").stat().st_mode & 0o777 == 0o700
 
 
 def test_a_file_is_replaced_whole_or_not_at_all(tmp_path: Path) -> None:
@@ -167,6 +176,7 @@ def test_too_little_space_is_known_before_the_start(tmp_path: Path, monkeypatch:
     usage = shutil.disk_usage(tmp_path)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=5_000_000_000))
     check_free_space(tmp_path / "a" / "b", 5_000_000_000)
+    check_free_space(tmp_path / "a" / "b", 7_500_000_000, freed_bytes=2_500_000_000)
     with pytest.raises(UserError, match=r"writes 7\.500 GB but only 5\.000 GB are free there. Free 2\.500 GB"):
         check_free_space(tmp_path / "a" / "b", 7_500_000_000)
 
@@ -196,6 +206,12 @@ def test_a_manifest_is_what_training_checks_and_more(tmp_path: Path) -> None:
 
 
 SHARD = "model-00001-of-00002.safetensors"
+
+
+def flip_first(file: Path) -> None:
+    """Change the lowest bit of the first byte, or change it back."""
+    data = file.read_bytes()
+    file.write_bytes(bytes([data[0] ^ 1]) + data[1:])
 
 
 def flip(folder: Path) -> None:
@@ -270,6 +286,15 @@ def test_a_checkpoint_of_training_is_compared_by_size(tmp_path: Path, caplog: An
     assert check_manifest(final) == ["__0_0.distcp: has 9 bytes, 10 were written"]
 
 
+def test_whose_checksums_can_be_compared(tmp_path: Path) -> None:
+    assert not has_checksums(tmp_path)
+    convert(tmp_path / "ours")
+    assert has_checksums(tmp_path / "ours")
+    for text in ('{"files": {}}', "[]", "{", '{"tool": 3}', '{"tool": {"name": "other"}, "xxh3_128": {}}', "[[]]"):
+        (tmp_path / MANIFEST).write_text(text)
+        assert not has_checksums(tmp_path)
+
+
 # --------------------------------------------------------------------------------------------------------- journal
 
 
@@ -284,12 +309,16 @@ def test_a_killed_conversion_goes_on_where_it_stopped(tmp_path: Path, stop_after
     assert check_manifest(tmp_path / "x") == []
 
 
-def test_a_record_counts_only_for_its_plan_and_its_size(tmp_path: Path) -> None:
+def test_a_record_counts_only_for_its_plan_and_its_content(tmp_path: Path) -> None:
     convert(tmp_path, stop_after=2)
     first, second, third = list(CONTENT)[:3]
     journal = Journal.open(tmp_path, True, files=CONTENT)
     assert journal.done(first, "plan1") == FileRecord(1000, xxhash.xxh3_128_hexdigest(CONTENT[first]))
     assert journal.done(first, "plan2") is None and journal.done(third, "plan1") is None
+    flip_first(tmp_path / first)
+    assert journal.done(first, "plan1") is None
+    flip_first(tmp_path / first)
+    assert journal.done(first, "plan1") is not None
     os.truncate(tmp_path / first, 999)
     assert journal.done(first, "plan1") is None
     (tmp_path / second).unlink()
@@ -336,12 +365,47 @@ def test_files_of_an_older_plan_and_a_manifest_go_on_resume(tmp_path: Path) -> N
 
 def test_resume_starts_an_empty_folder_and_refuses_a_finished_one(tmp_path: Path) -> None:
     assert convert(tmp_path / "x", resume=True) == list(CONTENT)
-    with pytest.raises(UserError, match=r"nothing to resume: the conversion there finished.*--overwrite"):
+    with pytest.raises(UserError, match=r"nothing to resume: another conversion.*finished there.*--overwrite"):
         convert(tmp_path / "x", resume=True)
     (tmp_path / "y").mkdir()
     (tmp_path / "y" / "thesis.txt").write_text("mine")
     with pytest.raises(UserError, match=r"nothing to resume\. Choose another folder"):
         convert(tmp_path / "y", resume=True)
+
+
+def test_a_finished_conversion_is_known_by_its_plan(tmp_path: Path) -> None:
+    assert finished_files(tmp_path, "p") is None
+    records = {name: FileRecord(len(data), xxhash.xxh3_128_hexdigest(data)) for name, data in CONTENT.items()}
+    write_manifest(tmp_path, records, {"plan": "p"})
+    assert finished_files(tmp_path, "p") == records
+    assert finished_files(tmp_path, "q") is None
+    (tmp_path / JOURNAL).write_text("")  # killed before it was removed
+    assert finished_files(tmp_path, "p") is None
+    (tmp_path / JOURNAL).unlink()
+    (tmp_path / MANIFEST).write_text((tmp_path / MANIFEST).read_text().replace('"files"', '"fields"'))
+    assert finished_files(tmp_path, "p") is None
+
+
+def test_a_reopened_conversion_writes_only_what_was_damaged(tmp_path: Path) -> None:
+    convert(tmp_path)
+    second = list(CONTENT)[1]
+    records = {name: FileRecord(len(data), xxhash.xxh3_128_hexdigest(data)) for name, data in CONTENT.items()}
+    flip_first(tmp_path / second)
+    reopen(tmp_path, dict.fromkeys(CONTENT, "plan1"), records)
+    assert convert(tmp_path, resume=True) == [second]
+    assert check_manifest(tmp_path) == [] and names(tmp_path) == {*CONTENT, MANIFEST}
+
+
+def test_files_that_no_conversion_wrote(tmp_path: Path) -> None:
+    assert foreign_files(tmp_path / "nowhere") == foreign_files(tmp_path) == set()
+    for folder, stop_after in (("half", 2), ("whole", 99)):
+        convert(tmp_path / folder, stop_after=stop_after)
+        (tmp_path / folder / "x.part").write_text("torn")
+        assert foreign_files(tmp_path / folder) == set()
+        (tmp_path / folder / "notes").mkdir()
+        (tmp_path / folder / "notes" / "thesis.txt").write_text("mine")
+        (tmp_path / folder / "z.safetensors").write_text("mine")
+        assert foreign_files(tmp_path / folder) == {"notes/thesis.txt", "z.safetensors"}
 
 
 def test_a_folder_with_something_in_it_is_refused_with_the_cures(tmp_path: Path) -> None:

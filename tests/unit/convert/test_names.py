@@ -98,6 +98,15 @@ def test_stacked_indices_fill_the_name_in_order() -> None:
     assert parse("output_layer.weight").canonical(()) == "output_layer.weight"
 
 
+@pytest.mark.parametrize("name", ["{0.__class__}.x", "{1}.x", "{", "a}{b.weight", "{}"])
+def test_braces_in_a_key_are_only_characters(name: str) -> None:
+    assert parse(f"vision.{name}").canonical(()) == f"vision.{name}"
+    assert parse(f"decoder.layers.3.{name}").canonical(()) == f"decoder.layers.3.{name}"
+    assert parse(f"decoder.layers.{name}").canonical((7,)) == f"decoder.layers.7.{name}"
+    stored = Stored(f"decoder.layers.{name}", "BF16", (2, 3), ())
+    assert [found for found, _ in places(stored)] == [f"decoder.layers.{layer}.{name}" for layer in range(2)]
+
+
 def test_a_stacked_tensor_holds_every_layer_and_expert() -> None:
     stored = Stored("decoder.layers.mlp.experts.experts.linear_fc2.weight", "BF16", (3, 2, 8, 16), ())
     found = dict(places(stored))
@@ -309,7 +318,7 @@ def test_every_spelling_is_the_same_model(spelling: str, imports: dict[str, Path
         table, known = Correspondence(load_architecture(folder / "hf")), origin.of_folder(folder / "hf")
         source = MegatronSource(archive, table)
         made = export_plan(source, known, dtype=None, scales="fp32", shard_bytes=10**9)
-        run(Conversion("export", made.plan, {}, {}), tmp_path / family)
+        run(Conversion("export", folder, made.plan, {}, {}), tmp_path / family)
         assert_same_shards(tmp_path / family, folder.parent / "hf")
     assert changed, "the spelling is another one for some architecture"
 

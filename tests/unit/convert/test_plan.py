@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from itertools import pairwise
@@ -21,7 +22,16 @@ from megatron_r1.convert.exporting import export_plan
 from megatron_r1.convert.importing import ImportPlan, import_plan
 from megatron_r1.convert.inspecting import planned_hf, planned_megatron
 from megatron_r1.convert.origin import Origin
-from megatron_r1.convert.plan import HfSource, MegatronSource, OutputFile, Piece, Target, check_coverage, check_used
+from megatron_r1.convert.plan import (
+    HfSource,
+    MegatronSource,
+    OutputFile,
+    Piece,
+    Target,
+    check_coverage,
+    check_used,
+    one_dtype,
+)
 from megatron_r1.convert.storage import ITEMSIZE, Archive, Chunk, Stored
 from tests.reference.synthetic_hf import FAMILIES
 
@@ -110,9 +120,9 @@ def test_an_import_reads_every_byte_once(family: str) -> None:
     (spans,) = read_ranges(plan.files).values()
     spans.sort()
     assert all(end <= begin for (_, end), (begin, _) in pairwise(spans))
-    copies = sum(archive.tensors[name].bytes for name in made.copies)
+    copies = sum(archive.tensors[name].bytes for name in made.copies.keys() - made.optional)
     assert sum(end - begin for begin, end in spans) == archive.bytes - copies
-    assert {second.name for _, second in plan.equal} == set(made.copies)
+    assert {second.name for _, second in plan.equal} == set(made.copies) - made.optional
 
 
 def test_an_export_reads_every_byte_of_the_model_once_but_what_is_copied() -> None:
@@ -168,6 +178,14 @@ HF_MISTAKES: dict[str, tuple[Change, str]] = {
         _with("model.norm.weight_scale_inv", dtype="F32", shape=(1, 1)),
         r"not of this model: model\.norm\.weight_scale_inv",
     ),
+    "integers": (
+        _with("model.norm.weight", dtype="I8", shape=(256,)),
+        r"model\.norm\.weight is I8; weights may be BF16",
+    ),
+    "scales that are integers": (
+        _with("model.layers.0.mlp.down_proj.weight_scale_inv", dtype="I32", shape=(2, 3)),
+        r"down_proj\.weight_scale_inv is I32; block scales may be F32",
+    ),
     "scales of another shape": (
         _shaped("model.layers.0.mlp.down_proj.weight_scale_inv", (1, 2)),
         r"down_proj\.weight_scale_inv is \[1, 2\] instead of \[2, 3\]",
@@ -183,15 +201,19 @@ def test_a_hugging_face_checkpoint_that_does_not_fit_is_refused(mistake: str) ->
 
 
 def test_what_may_be_missing_or_superfluous() -> None:
-    """Copies may be left out, buffers of old checkpoints and a tied head may be there; the plan says what it drops."""
+    """Copies may be left out, buffers of old checkpoints and a tied head may be there; the plan says what it drops,
+    and what has to equal what.
+    """
     made = table("qwen2-tied")
     extra = edited(planned_hf(made, "bf16"), _with("lm_head.weight", shape=(500, 256)))
     extra = edited(extra, _with("model.layers.0.self_attn.rotary_emb.inv_freq"))
     plan = import_plan(HfSource(extra, made), spec="te", dtype=None, file_bytes=10**9).plan
     assert plan.dropped == {
-        "lm_head.weight": "tied to the embedding",
         "model.layers.0.self_attn.rotary_emb.inv_freq": "a buffer of old checkpoints, computed from rope_theta",
     }
+    assert [(first.name, second.name) for first, second in plan.equal] == [
+        ("model.embed_tokens.weight", "lm_head.weight")
+    ]
     few = edited(planned_hf(table(), "bf16"), _without("model.layers.2.embed_tokens"))
     few = edited(few, _without("model.layers.2.shared_head.head"))
     assert not import_plan(HfSource(few, table()), spec="te", dtype=None, file_bytes=10**9).plan.equal
@@ -204,10 +226,61 @@ def test_prediction_layers_left_out_are_listed_with_their_scales() -> None:
     assert set(plan.dropped) == {n for n in planned_hf(table(), "fp8").tensors if n.startswith("model.layers.2.")}
 
 
+def _stored_as(dtype: str, *names: str) -> Change:
+    return lambda tensors: tensors.update({name: replace(tensors[name], dtype=dtype) for name in names})
+
+
+MIXTURES = {
+    "fused": ("qwen2", "model.layers.1.self_attn.k_proj.weight", "model.layers.0.self_attn.q_proj.weight"),
+    "gate and up": ("deepseek_v3", "model.layers.0.mlp.up_proj.weight", "model.layers.0.mlp.gate_proj.weight"),
+    "layers": ("llama", "model.layers.2.mlp.down_proj.weight", "model.layers.0.mlp.down_proj.weight"),
+    "experts": (
+        "deepseek_v3",
+        "model.layers.1.mlp.experts.3.down_proj.weight",
+        "model.layers.1.mlp.experts.0.down_proj.weight",
+    ),
+}
+
+
+@pytest.mark.parametrize("mixture", MIXTURES)
+def test_dtypes_that_differ_under_one_key_need_a_choice(mixture: str) -> None:
+    """Both tensors are named; with a dtype for all the plan has one dtype a key."""
+    family, odd, other = MIXTURES[mixture]
+    made = table(family)
+    archive = edited(planned_hf(made, "bf16"), _stored_as("F32", odd))
+    with pytest.raises(UserError, match=rf"{re.escape(other)} is BF16, {re.escape(odd)} is F32\. .*--dtype"):
+        import_plan(HfSource(archive, made), spec="te", dtype=None, file_bytes=10**9)
+    plan = import_plan(HfSource(archive, made), spec="te", dtype="BF16", file_bytes=10**9)
+    assert {tensor.dtype for tensor in plan.tensors} <= {"BF16", "F32"}
+
+
+def test_fp8_and_bf16_may_be_fused() -> None:
+    """Both become BF16."""
+    made, odd = table(), "model.layers.1.mlp.experts.3.up_proj.weight"
+    archive = edited(planned_hf(made, "fp8"), _stored_as("BF16", odd))
+    archive = edited(archive, _without(f"{odd}_scale_inv"))
+    plan = import_plan(HfSource(archive, made), spec="te", dtype=None, file_bytes=10**9)
+    assert {t.dtype for t in plan.tensors if not t.key.endswith("expert_bias")} == {"BF16"}
+
+
+def test_halves_of_two_dtypes_need_a_choice_on_export() -> None:
+    """A gated layer whose halves were saved apart; only a whole that is one tensor on the other side matters."""
+    with pytest.raises(UserError, match=r"a is BF16, b is F32\. .*--dtype"):
+        one_dtype("x", {"a": "BF16", "b": "F32"})
+    assert one_dtype("x", {"a": "BF16", "b": "BF16"}) == "BF16"
+
+
 FC1 = "decoder.layers.1.mlp.experts.experts.linear_fc1.weight"
 MEGATRON_MISTAKES: dict[str, tuple[Change, str]] = {
     "a tensor is missing": (_without("decoder.final_layernorm"), r"1 tensors are missing: decoder\.final_layernorm"),
     "a tensor is foreign": (_with("decoder.layers.0.extra.weight"), r"not of this model: decoder\.layers\.0\.extra"),
+    "another model's tensor": (_with("vision_model.patch.weight"), r"not of this model: vision_model\.patch\.weight"),
+    "nearly an optimizer": (_with("optimizers.weight"), r"not of this model: optimizers\.weight"),
+    "a wrapped model": (_with("module.output_layer.weight"), r"not of this model: module\.output_layer\.weight"),
+    "integers": (
+        _with("decoder.final_layernorm.weight", dtype="I32", shape=(256,)),
+        r"decoder\.final_layernorm\.weight is I32; weights may be BF16, F16, F32",
+    ),
     "a layer too many": (_with("decoder.layers.2.input_layernorm.weight"), r"not of this model: decoder\.layers\.2\."),
     "no prediction layers": (_without("mtp."), "prediction layer is not in .*--no-mtp"),
     "another shape": (
@@ -241,9 +314,18 @@ def test_a_megatron_checkpoint_that_does_not_fit_is_refused(mistake: str) -> Non
 
 
 def test_what_training_saves_beside_the_model_is_dropped() -> None:
-    archive = edited(planned_megatron(imported("qwen2")), _with("optimizer.state.exp_avg.output_layer.weight"))
-    source = MegatronSource(archive, table("qwen2"))
-    assert source.dropped == {"optimizer.state.exp_avg.output_layer.weight": "not a tensor of the model"}
+    """Each kind under its own reason; names as Megatron-Core 0.16.1 and this project write them."""
+    beside = {
+        "optimizer.state.exp_avg.output_layer.weight": "optimizer state",
+        "chained_1.optimizer.state.fp32_param.decoder.layers.mlp.linear_fc2.weight": "optimizer state",
+        "optimizer.distributed.dp_group_idx_0.gbuf_idx_0": "optimizer state",
+        "reference.decoder.final_layernorm.weight": "the KL reference",
+        "rng_state": "random states",
+        "rng/shard_0_1": "random states",
+        "opt_param_scheduler.max_lr": "the schedule of the learning rate",
+    }
+    source = MegatronSource(edited(planned_megatron(imported("qwen2")), _with(*beside)), table("qwen2"))
+    assert source.dropped == beside
 
 
 def test_unused_elements_are_noticed() -> None:

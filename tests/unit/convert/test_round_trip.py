@@ -16,6 +16,7 @@ from safetensors.torch import load_file
 
 from megatron_r1.config.errors import UserError
 from megatron_r1.convert import execute, torch_dist
+from megatron_r1.convert import write as convert_write
 from megatron_r1.convert.conversion import (
     cast_conversion,
     export_conversion,
@@ -23,6 +24,7 @@ from megatron_r1.convert.conversion import (
     run,
 )
 from megatron_r1.convert.exporting import Scales
+from megatron_r1.convert.manifest import fp8_blocks
 from megatron_r1.convert.names import Spec
 from megatron_r1.model.block_fp8 import dequantise
 from tests.reference.synthetic_hf import FAMILIES, quantised, write_family, write_shards
@@ -88,6 +90,10 @@ def assert_index(folder: Path) -> None:
 
 def config(folder: Path) -> dict[str, Any]:
     return dict(json.loads((folder / "config.json").read_text()))
+
+
+def manifest(folder: Path) -> dict[str, Any]:
+    return dict(json.loads((folder / "manifest.json").read_text()))
 
 
 def tensors(folder: Path) -> dict[str, torch.Tensor]:
@@ -181,6 +187,96 @@ def test_fp8_comes_back(scales: Any, spec: Spec, sources: Sources, tmp_path: Pat
 
 
 @pytest.mark.parametrize("scales", [True, "ue8m0"])
+def test_only_the_kept_scales_bring_fp8_back(scales: Any, sources: Sources, tmp_path: Path) -> None:
+    """A fresh quantisation would give every block another scale: the tests of round trips notice a lost one."""
+    source = sources("deepseek_v3", fp8=scales, shards=3)
+    run(import_conversion(source), tmp_path / "megatron")
+    like = tmp_path / "config.json"
+    shutil.copy(source / "config.json", like)  # no scales come with it
+    run(export_conversion(tmp_path / "megatron", like=like, dtype="fp8"), tmp_path / "hf")
+    found, stored = tensors(tmp_path / "hf"), tensors(source)
+    kept = [name for name in stored if name.endswith("_scale_inv") and bool((found[name] == stored[name]).any())]
+    assert not kept
+    assert manifest(tmp_path / "hf")["fp8_blocks"]["kept"] == 0
+
+
+@pytest.mark.parametrize("had", ["fp32", "power-of-2"])
+def test_scales_of_another_format_are_made_anew(had: Scales, sources: Sources, tmp_path: Path) -> None:
+    """All of them, as config.json says of all of them."""
+    source = sources("deepseek_v3", fp8=True if had == "fp32" else "ue8m0", shards=3)
+    wanted: Scales = "power-of-2" if had == "fp32" else "fp32"
+    run(import_conversion(source), tmp_path / "megatron")
+    run(export_conversion(tmp_path / "megatron", dtype="bf16"), tmp_path / "bf16")
+    run(export_conversion(tmp_path / "megatron", scales=wanted), tmp_path / "hf")
+    values = tensors(tmp_path / "bf16")
+    assert_same_tensors(tensors(tmp_path / "hf"), quantised(values, power_of_2=wanted == "power-of-2"))
+    assert config(tmp_path / "hf")["quantization_config"].get("scale_fmt") == (
+        "ue8m0" if wanted == "power-of-2" else None
+    )
+    run(export_conversion(tmp_path / "megatron", scales=had), tmp_path / "as-it-was")
+    assert_same_tensors(tensors(tmp_path / "as-it-was"), tensors(source))
+
+
+def test_a_float32_checkpoint_of_values_from_bf16_keeps_its_blocks(sources: Sources, tmp_path: Path) -> None:
+    """As a run saves them that computes in BF16, or began with it, and stores float32."""
+    source = sources("deepseek_v3", fp8=True, shards=3)
+    run(cast_conversion(source, dtype="bf16"), tmp_path / "bf16")
+    run(import_conversion(tmp_path / "bf16", dtype="fp32"), tmp_path / "megatron")
+    assert {t.dtype for t in torch_dist.read_torch_dist(tmp_path / "megatron").tensors.values()} == {"F32"}
+    run(export_conversion(tmp_path / "megatron", like=source), tmp_path / "hf")
+    assert_same_files(tmp_path / "hf", source)
+
+
+def test_blocks_are_counted_also_over_an_interruption(
+    sources: Sources, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = sources("deepseek_v3", fp8=True, shards=3)
+    scales = [value for name, value in tensors(source).items() if name.endswith("_scale_inv")]
+    total = sum(scale.numel() for scale in scales)
+    run(import_conversion(source), tmp_path / "megatron")
+    conversion = export_conversion(tmp_path / "megatron")
+    assert any("written as FP8 because" in note and "--dtype bf16" in note for note in conversion.notes)
+    assert not export_conversion(tmp_path / "megatron", dtype="fp8").notes
+    write = convert_write.write_file
+
+    def second_fails(file: Any, *rest: Any) -> Any:
+        if file.name.startswith("model-00002"):
+            raise UserError("stopped")
+        return write(file, *rest)
+
+    monkeypatch.setattr(convert_write, "write_file", second_fails)
+    with pytest.raises(UserError, match="stopped"):
+        run(conversion, tmp_path / "hf")
+    monkeypatch.setattr(convert_write, "write_file", write)
+    run(conversion, tmp_path / "hf", resume=True)
+    counted = manifest(tmp_path / "hf")["fp8_blocks"]
+    assert (counted["kept"], counted["new"]) == (total, 0) and len(counted["files"]) == 3
+    blocks = fp8_blocks(tmp_path / "hf")
+    assert str(blocks) == f"{total} of {total} FP8 blocks keep the bytes they came with, 0 were quantised anew"
+    run(export_conversion(tmp_path / "megatron", dtype="bf16"), tmp_path / "bf16")
+    assert "fp8_blocks" not in manifest(tmp_path / "bf16") and not fp8_blocks(tmp_path / "bf16")
+
+
+def test_scales_that_an_import_kept_and_are_gone(sources: Sources, tmp_path: Path) -> None:
+    """Without them every block would be quantised anew, and the origin still be said to be FP8."""
+    source = sources("deepseek_v3", fp8=True, shards=3)
+    run(import_conversion(source), tmp_path / "megatron")
+    (tmp_path / "megatron" / "hf" / "scales.safetensors").unlink()
+    with pytest.raises(UserError, match=r"scales\.safetensors lacks the block scales of .*--like"):
+        export_conversion(tmp_path / "megatron")
+    run(export_conversion(tmp_path / "megatron", like=source), tmp_path / "hf")
+    assert_same_files(tmp_path / "hf", source)
+
+
+def test_prediction_layers_left_out_of_fp8(sources: Sources, tmp_path: Path) -> None:
+    source = sources("deepseek_v3", fp8=True, shards=3)
+    run(import_conversion(source, predictions=False), tmp_path / "megatron")
+    run(export_conversion(tmp_path / "megatron", predictions=False), tmp_path / "hf")
+    expected = {name: value for name, value in tensors(source).items() if not name.startswith("model.layers.2.")}
+    assert_same_tensors(tensors(tmp_path / "hf"), expected)
+
+
+@pytest.mark.parametrize("scales", [True, "ue8m0"])
 def test_fp8_becomes_the_slow_reference_s_bf16(scales: Any, sources: Sources, tmp_path: Path) -> None:
     source = sources("deepseek_v3", fp8=scales, shards=3)
     stored = tensors(source)
@@ -203,7 +299,8 @@ def test_fp8_becomes_the_slow_reference_s_bf16(scales: Any, sources: Sources, tm
 @pytest.mark.parametrize("scales", ["fp32", "power-of-2"])
 def test_fp8_cast_there_and_back(scales: Scales, sources: Sources, tmp_path: Path) -> None:
     """Without the old scales. Codes stay and float32 scales move within BF16's rounding. Scales of powers of two keep
-    every value, though a block whose largest value was rounded down to half the range gets the next smaller scale.
+    every value, though those twice as large as they have to be (`write_family`) become half, or a quarter where the
+    block's largest value was rounded down to half the range.
     """
     power = scales == "power-of-2"
     source = sources("deepseek_v3", fp8="ue8m0" if power else True, shards=3)
@@ -215,7 +312,7 @@ def test_fp8_cast_there_and_back(scales: Scales, sources: Sources, tmp_path: Pat
     for key, value in expected.items():
         if key.endswith("_scale_inv"):
             ratio = found[key] / value
-            assert set(ratio.flatten().tolist()) <= {1.0, 0.5} if power else (ratio - 1).abs().max() < 2**-8, key
+            assert set(ratio.flatten().tolist()) <= {0.5, 0.25} if power else (ratio - 1).abs().max() < 2**-8, key
         elif not power:
             assert torch.equal(bits(found[key]), bits(value)), key
     if power:
@@ -317,6 +414,27 @@ def test_the_size_of_a_band_changes_nothing(
     for family, fp8 in (("deepseek_v3", True), ("qwen2", False)):
         source = sources(family, fp8=fp8, shards=3)
         assert_same_files(there_and_back(source, tmp_path / family), source)
+
+
+@pytest.mark.parametrize("family", ["llama-tied", "qwen2-tied"])
+def test_a_tied_head_that_is_stored_comes_back(family: str, sources: Sources, tmp_path: Path) -> None:
+    """Some checkpoints hold it though config.json ties it; one that differs would be lost, so it is refused."""
+    source = tmp_path / "source"
+    shutil.copytree(sources(family, shards=3), source)
+    held = tensors(source)
+    held["lm_head.weight"] = held["model.embed_tokens.weight"].clone()
+    write_shards(source, held, 3)
+    assert_same_files(there_and_back(source, tmp_path), source)
+    run(cast_conversion(source, dtype="fp16"), tmp_path / "fp16")
+    assert_same_tensors(tensors(tmp_path / "fp16"), {name: value.half() for name, value in held.items()})
+    (tmp_path / "only").mkdir()
+    shutil.copy(source / "config.json", tmp_path / "only")
+    run(export_conversion(tmp_path / "megatron", like=tmp_path / "only"), tmp_path / "plain")
+    assert "lm_head.weight" not in tensors(tmp_path / "plain")  # where nothing says that the model had it
+    held["lm_head.weight"][7, 7] += 1
+    write_shards(source, held, 3)
+    with pytest.raises(UserError, match=r"lm_head\.weight differs from model\.embed_tokens.*tie_word_embeddings"):
+        run(import_conversion(source), tmp_path / "again")
 
 
 def test_copies_that_differ_are_refused(sources: Sources, tmp_path: Path) -> None:

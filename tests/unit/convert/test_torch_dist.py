@@ -34,7 +34,6 @@ from megatron_r1.convert.torch_dist import (
     common_files,
     flaw,
     metadata_bytes,
-    read_common,
     read_torch_dist,
 )
 from megatron_r1.convert.torch_zip import frame, object_blob
@@ -226,7 +225,7 @@ def test_what_megatron_saves_is_read(saved: tuple[Path, dict[str, torch.Tensor]]
     chunks = {name: len(stored.chunks) for name, stored in archive.tensors.items()}
     assert (chunks["row"], chunks["column"], chunks["decoder.layers.mlp.linear_fc1.weight"]) == (4, 3, 6)
     assert archive.bytes == sum(len(raw(tensor)) for tensor in state.values())
-    assert read_common(folder)["iteration"] == 12
+    assert read_torch(folder / "common.pt")["iteration"] == 12
 
 
 def test_what_torch_saves_is_read(tmp_path: Path) -> None:

@@ -9,6 +9,7 @@ import os
 import pickle
 import subprocess
 import sys
+import tracemalloc
 import types
 import zipfile
 from collections import OrderedDict
@@ -97,6 +98,25 @@ def test_hostile_pickles_run_nothing(tmp_path: Path, name: str, zipped: bool) ->
             read(path)
         assert refused in str(error.value)
     assert not marker.exists()
+
+
+@pytest.mark.parametrize("name", ["bytes", "bytearray"])
+@pytest.mark.parametrize("module", ["builtins", "__builtin__"])
+def test_a_few_digits_do_not_become_gigabytes(module: str, name: str) -> None:
+    order = b"\x80\x02c" + f"{module}\n{name}\n".encode() + b"%s\x85R."
+    tracemalloc.start()
+    for asked in (b"\x8a\x05\x00\x00\x00\x00\x02", b"J\xff\xff\xff\x7f", b"]", b"N"):  # 2^33, 2^31 - 1
+        with pytest.raises(UserError, match=f"{name} of "):
+            unpickle(order % asked, "bomb")
+    assert tracemalloc.get_traced_memory()[1] < 1_000_000
+    tracemalloc.stop()
+
+
+@pytest.mark.parametrize("protocol", range(6))
+@pytest.mark.parametrize("value", [b"", b"\x00\xff\x80", bytearray(), bytearray(b"\x00\xff\x80")], ids=repr)
+def test_bytes_of_every_protocol(value: bytes | bytearray, protocol: int) -> None:
+    found = unpickle(pickle.dumps(value, protocol), "bytes")
+    assert found == value and type(found) is type(value)
 
 
 def test_the_hostile_pickles_are_hostile(tmp_path: Path) -> None:

@@ -256,14 +256,25 @@ def test_a_changed_scale_that_an_import_keeps(good: Path, copy: Callable[[str], 
     file = folder / "hf" / "scales.safetensors"
     tensors = load_file(file)
     tensors[EXPERT + "_scale_inv"][0, 1] *= 2
-    tensors.pop("model.layers.0.mlp.up_proj.weight_scale_inv")
     save_file(tensors, file)
     sign(folder)
     found = only_failed(check(folder, good / "v3"), "inverse").numbers["differences"]
-    assert {d["tensor"] for d in found} == {
-        EXPERT + "_scale_inv",
-        "model.layers.0.mlp.up_proj.weight_scale_inv",
-    }
+    assert {d["tensor"] for d in found} == {EXPERT + "_scale_inv"}
+    tensors.pop("model.layers.0.mlp.up_proj.weight_scale_inv")
+    save_file(tensors, file)
+    sign(folder)
+    summary = only_failed(check(folder, good / "v3"), "inverse").summary
+    assert "lacks the block scales of model.layers.0.mlp.up_proj.weight," in summary
+
+
+def test_scales_that_are_no_powers_of_two_though_the_config_says_so(copy: Callable[[str], Path]) -> None:
+    folder = copy("llama-fp8")
+    name = "model.layers.1.mlp.up_proj.weight_scale_inv"
+    edit(folder, lambda tensors: tensors[name].view(-1)[:2].mul_(torch.tensor([1.5, 0.0])))
+    report = check(folder)
+    assert only_failed(report, "config").summary == f"scale_fmt is ue8m0, but 1 scales of {name} are no powers of two"
+    edit(folder, lambda tensors: tensors[name].view(-1)[:1].div_(1.5))
+    assert check(folder).ok
 
 
 def test_scales_that_nothing_keeps(copy: Callable[[str], Path], tmp_path: Path) -> None:

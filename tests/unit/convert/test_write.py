@@ -94,8 +94,8 @@ def stamps(folder: Path) -> dict[str, tuple[int, int]]:
 
 
 def same_but_for_the_source(found: dict[str, bytes], due: dict[str, bytes], source: Path) -> None:
-    """Assert that all bytes are the same; manifest.json names the folder that was converted."""
-    manifest = json.loads(due[MANIFEST]) | {"source": str(source)}
+    """Assert that all bytes are the same; manifest.json names the folder that was converted, and its plan the files."""
+    manifest = json.loads(due[MANIFEST]) | {"source": str(source), "plan": json.loads(found[MANIFEST])["plan"]}
     assert json.loads(found[MANIFEST]) == manifest
     assert {k: v for k, v in found.items() if k != MANIFEST} == {k: v for k, v in due.items() if k != MANIFEST}
 
@@ -175,8 +175,7 @@ def test_a_kill_anywhere_leaves_only_whole_files_and_resume_ends_at_the_same_byt
     entered = {line["file"] for line in lines if "file" in line}
     before = {name: stamp for name, stamp in stamps(target).items() if name in entered}
     assert len(before) == len(entered)
-    finished = MANIFEST in found and JOURNAL not in found
-    assert command(source, target, "--resume") == (2 if finished else 0)  # 2: nothing is left to do
+    assert command(source, target, "--resume") == 0  # also where nothing is left to do
     assert stamps(target).items() >= before.items()
     same_but_for_the_source(content(target), whole, source)
 
@@ -214,6 +213,78 @@ def test_resume_makes_again_what_another_plan_made(source: Path, operations: int
     assert command(source, target, "--resume", "--dtype", "fp32") == 0
     assert command(source, tmp_path / "fresh", "--dtype", "fp32") == 0
     assert content(target) == content(tmp_path / "fresh")
+
+
+def test_resume_of_what_is_finished_checks_it_and_writes_nothing(
+    source: Path, whole: dict[str, bytes], tmp_path: Path, capsys: Any
+) -> None:
+    target = tmp_path / "megatron"
+    assert command(source, target) == 0
+    before = {name: (target / name).stat().st_mtime_ns for name in content(target)}
+    for _ in range(2):
+        capsys.readouterr()
+        assert command(source, target, "--resume") == 0
+        assert "finished before; every checksum is right, nothing was written" in capsys.readouterr().out
+    assert {name: (target / name).stat().st_mtime_ns for name in content(target)} == before
+    assert command(source, target) == 2 and "is not empty" in capsys.readouterr().err
+    assert command(source, target, "--resume", "--dtype", "fp32") == 2
+    assert "another conversion, or one of other files, finished there" in capsys.readouterr().err
+    (source / "tokenizer_config.json").write_text("{}")  # a small file is part of the plan, too
+    assert command(source, target, "--resume") == 2
+    same_but_for_the_source(content(target), whole, source)
+
+
+@pytest.mark.parametrize("name", ["__0_1.distcp", "hf/tokenizer.json", ".metadata"])
+@pytest.mark.parametrize("gone", [False, True])
+def test_resume_writes_again_what_was_damaged_since(
+    name: str, gone: bool, source: Path, whole: dict[str, bytes], tmp_path: Path
+) -> None:
+    target = tmp_path / "megatron"
+    assert command(source, target) == 0
+    before = stamps(target)
+    if gone:
+        (target / name).unlink()
+    else:
+        flip(target / name)
+    assert command(source, target, "--resume") == 0
+    same_but_for_the_source(content(target), whole, source)
+    assert {shard for shard, stamp in stamps(target).items() if stamp != before[shard]} == {name} & before.keys()
+
+
+def test_resume_looks_at_the_bytes_of_finished_files(
+    source: Path, operations: int, whole: dict[str, bytes], tmp_path: Path
+) -> None:
+    target = tmp_path / "megatron"
+    killed(source, target, int(0.9 * operations))
+    before = stamps(target)
+    damaged = shards(target)[1]
+    flip(damaged)
+    assert command(source, target, "--resume") == 0
+    assert damaged.name in before
+    assert {name for name in before if stamps(target)[name] != before[name]} == {damaged.name}
+    same_but_for_the_source(content(target), whole, source)
+
+
+def flip(file: Path) -> None:
+    """Change one bit in the middle; its size stays."""
+    raw = bytearray(file.read_bytes())
+    raw[len(raw) // 2] ^= 1
+    file.write_bytes(raw)
+
+
+def test_too_little_space_is_known_before_anything_is_removed(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    target = tmp_path / "megatron"
+    assert command(source, target) == 0
+    before = content(target)
+    usage, room = shutil.disk_usage(tmp_path), 500_000 + sum(map(len, before.values()))
+    left = lambda _: usage._replace(free=room - sum(map(len, content(target).values())))  # noqa: E731
+    monkeypatch.setattr(shutil, "disk_usage", left)
+    assert command(source, target, "--overwrite", "--dtype", "fp32") == 2  # twice the size
+    assert "GB are free there" in capsys.readouterr().err
+    assert content(target) == before
+    assert command(source, target, "--overwrite") == 0  # what is removed is free then
 
 
 def cut(file: Path) -> None:

@@ -280,6 +280,7 @@ def test_conversion_misses_no_key_that_changes_no_tensor(tmp_path: Path) -> None
         ({key: value for key, value in v3.items() if key != "kv_lora_rank"}, f"{file} lacks kv_lora_rank, which a"),
         ({**v3, "vocab_size": None}, f"{file}: vocab_size is null"),
         ({**v3, "topk_method": "greedy"}, f"{file}: topk_method = 'greedy' is not supported"),
+        ({**v3, "rope_interleave": False}, f"{file}: rope_interleave = False is not supported"),
         ({**v3, "model_type": "gpt2"}, f"{file} has model_type 'gpt2'"),
     ):
         file.write_text(json.dumps(config))
@@ -288,6 +289,67 @@ def test_conversion_misses_no_key_that_changes_no_tensor(tmp_path: Path) -> None
         assert str(caught.value).startswith(words)
     with pytest.raises(UserError, match=r"^there is no file"):
         load_architecture(tmp_path / "nowhere")
+
+
+@pytest.mark.parametrize(
+    ("base", "fields"),
+    [
+        (QWEN2, {"use_sliding_window": True}),
+        (QWEN2, {"rope_scaling": {"type": "yarn", **YARN}}),
+        (QWEN2, {"hidden_act": "gelu"}),
+        (QWEN3_MOE, {"rope_scaling": {"rope_type": "yarn", "factor": 4.0}}),
+        (shipped("tiny-moe"), {"rope_scaling": {"rope_type": "linear", "factor": 2.0}}),
+        (shipped("tiny-moe"), {"scoring_func": "softmax"}),
+    ],
+)
+def test_conversion_takes_what_changes_no_tensor(tmp_path: Path, base: dict[str, Any], fields: dict[str, Any]) -> None:
+    """It copies config.json as it is; a run computes with it, and refuses."""
+    (tmp_path / "config.json").write_text(json.dumps({**base, "vocab_size": 200, **fields}))
+    assert load_architecture(tmp_path)["hidden_size"] == base["hidden_size"]
+    with pytest.raises(UserError, match="not supported"):
+        architecture(ModelConfig(config=tmp_path), TOKENS)
+
+
+@pytest.mark.parametrize(
+    ("fields", "words"),
+    [
+        ({"n_shared_experts": None}, "n_shared_experts is None; it should be a whole number from 1 on"),
+        ({"num_hidden_layers": "3"}, "num_hidden_layers is '3'; it should be a whole number"),
+        ({"num_hidden_layers": True}, "num_hidden_layers is True"),
+        ({"hidden_size": 32.0}, r"hidden_size is 32\.0"),
+        ({"moe_intermediate_size": [16]}, r"moe_intermediate_size is \[16\]"),
+        ({"q_lora_rank": "16"}, "q_lora_rank is '16'; it should be a whole number from 0 on, or null"),
+        ({"num_nextn_predict_layers": -1}, "num_nextn_predict_layers is -1"),
+        ({"first_k_dense_replace": None}, "first_k_dense_replace is None"),
+        ({"vocab_size": 0}, "vocab_size is 0"),
+        ({"tie_word_embeddings": "false"}, "tie_word_embeddings is 'false'; it should be true or false"),
+        ({"rope_scaling": "linear"}, "rope_scaling is 'linear'; it should be a table"),
+        ({"rope_parameters": [1]}, r"rope_parameters is \[1\]; it should be a table"),
+    ],
+)
+def test_values_of_a_wrong_type_are_named(tmp_path: Path, fields: dict[str, Any], words: str) -> None:
+    v3 = {**shipped("tiny-moe"), "vocab_size": 200}
+    file = tmp_path / "config.json"
+    file.write_text(json.dumps({**v3, **fields}))
+    with pytest.raises(UserError, match=f"^{file}: {words}"):
+        load_architecture(tmp_path)
+    file.write_text(json.dumps({**v3, "q_lora_rank": None, "num_nextn_predict_layers": None}))
+    assert load_architecture(tmp_path)["q_lora_rank"] is None
+
+
+def test_heads_that_cannot_be_grouped_are_refused(tmp_path: Path) -> None:
+    heads = {"num_attention_heads": 8, "num_key_value_heads": 3}
+    (tmp_path / "config.json").write_text(json.dumps({**QWEN2, **heads}))
+    with pytest.raises(UserError, match="num_attention_heads = 8 is no multiple of num_key_value_heads = 3"):
+        load_architecture(tmp_path)
+
+
+@pytest.mark.parametrize("content", [b"\xff\xfe{}", b"[" * 100_000])
+def test_what_is_no_text_is_no_traceback(tmp_path: Path, content: bytes) -> None:
+    (tmp_path / "config.json").write_bytes(content)
+    for read in (load_architecture, lambda path: architecture(ModelConfig(config=path), TOKENS)):
+        with pytest.raises(UserError, match="is not readable JSON"):
+            read(tmp_path)
 
 
 def test_unreadable_files_are_named(tmp_path: Path) -> None:
