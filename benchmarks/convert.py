@@ -37,7 +37,7 @@ import numpy as np
 from machine import ROOT, commit, machine
 
 from megatron_r1.convert.correspondence import Correspondence
-from megatron_r1.convert.hf_files import INDEX, SINGLE, index_json, shard_layout
+from megatron_r1.convert.formats.hf_files import INDEX, SINGLE, index_json, shard_layout
 from megatron_r1.convert.inspecting import planned_hf
 from megatron_r1.model.presets import load_architecture
 

@@ -216,8 +216,8 @@ def _gigabytes(text: str) -> float:
 
 def _import(arguments: argparse.Namespace) -> int:
     from megatron_r1.convert.conversion import import_conversion
+    from megatron_r1.convert.formats.torch_dist import TRACKER
     from megatron_r1.convert.manifest import atomic_write
-    from megatron_r1.convert.torch_dist import TRACKER
 
     tracker = arguments.target / TRACKER
     if arguments.release:
@@ -318,7 +318,7 @@ def _carry_out(conversion: Conversion, target: Path, arguments: argparse.Namespa
 
 
 def _verify(arguments: argparse.Namespace) -> int:
-    from megatron_r1.convert.verify import verify
+    from megatron_r1.convert.verification.verify import verify
 
     with byte_progress(f"verify {arguments.target}", None) as advance:
         report = verify(
@@ -376,8 +376,8 @@ def _table(arguments: argparse.Namespace) -> Correspondence:
 
 def _read(folder: Path) -> Any:
     """The archive of a folder of any kind."""
-    from megatron_r1.convert import legacy, torch_dist
-    from megatron_r1.convert.hf_files import is_hf, read_hf
+    from megatron_r1.convert.formats import legacy, torch_dist
+    from megatron_r1.convert.formats.hf_files import is_hf, read_hf
 
     if is_hf(folder):
         return read_hf(folder)

@@ -16,13 +16,14 @@ from typing import Any, Literal
 import psutil
 
 from megatron_r1.config.errors import UserError
-from megatron_r1.convert import hf_config, origin, torch_dist
+from megatron_r1.convert import origin
 from megatron_r1.convert.correspondence import SCALE, Correspondence
 from megatron_r1.convert.exporting import DTYPES, HfPlan, Scales, cast_plan, export_plan
-from megatron_r1.convert.hf_files import INDEX, SINGLE, index_json, is_hf, read_hf
+from megatron_r1.convert.formats import hf_config, torch_dist
+from megatron_r1.convert.formats.hf_files import INDEX, SINGLE, index_json, is_hf, read_hf
+from megatron_r1.convert.formats.names import Spec
 from megatron_r1.convert.importing import SCALES_FILE, import_plan
 from megatron_r1.convert.manifest import MANIFEST, check_manifest, has_checksums
-from megatron_r1.convert.names import Spec
 from megatron_r1.convert.origin import Origin
 from megatron_r1.convert.plan import HfSource, MegatronSource, Plan
 from megatron_r1.convert.source import is_megatron, read_megatron

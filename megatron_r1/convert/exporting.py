@@ -8,7 +8,7 @@ from typing import Literal
 
 from megatron_r1.config.errors import UserError
 from megatron_r1.convert.correspondence import SCALE, Correspondence
-from megatron_r1.convert.hf_files import ShardFile, shard_layout
+from megatron_r1.convert.formats.hf_files import ShardFile, shard_layout
 from megatron_r1.convert.origin import Origin
 from megatron_r1.convert.plan import (
     WEIGHTS,

@@ -9,10 +9,10 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from megatron_r1.convert import torch_dist
 from megatron_r1.convert.correspondence import SCALE, Correspondence, Entry
-from megatron_r1.convert.hf_files import shard_layout
-from megatron_r1.convert.names import ALIASES, Spec, Spelling, shard_key, spell
+from megatron_r1.convert.formats import torch_dist
+from megatron_r1.convert.formats.hf_files import shard_layout
+from megatron_r1.convert.formats.names import ALIASES, Spec, Spelling, shard_key, spell
 from megatron_r1.convert.plan import (
     HfSource,
     OutputFile,

@@ -13,8 +13,8 @@ from typing import Any
 
 from megatron_r1.convert.correspondence import SCALE, Correspondence
 from megatron_r1.convert.exporting import DTYPES, export_plan
+from megatron_r1.convert.formats.names import Spec
 from megatron_r1.convert.importing import ImportPlan, import_plan
-from megatron_r1.convert.names import Spec
 from megatron_r1.convert.origin import Origin
 from megatron_r1.convert.plan import HfSource, MegatronSource
 from megatron_r1.convert.storage import FP8, Archive, Chunk, Stored

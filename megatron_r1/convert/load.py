@@ -15,7 +15,7 @@ from megatron.core.dist_checkpointing.mapping import ShardedTensor, apply_factor
 
 from megatron_r1.config.errors import UserError
 from megatron_r1.convert.execute import BAND, Maker
-from megatron_r1.convert.names import parse
+from megatron_r1.convert.formats.names import parse
 from megatron_r1.convert.plan import HfSource, MegatronSource, Target, check_coverage
 from megatron_r1.convert.storage import ITEMSIZE, TORCH_NAMES
 

@@ -16,8 +16,8 @@ from typing import Any, Literal
 
 from megatron_r1.config.errors import UserError
 from megatron_r1.convert.correspondence import SCALE, Correspondence
-from megatron_r1.convert.hf_config import CONFIG, hf_dtype
-from megatron_r1.convert.hf_files import INDEX, is_hf, read_hf, read_safetensors
+from megatron_r1.convert.formats.hf_config import CONFIG, hf_dtype
+from megatron_r1.convert.formats.hf_files import INDEX, is_hf, read_hf, read_safetensors
 from megatron_r1.convert.manifest import some
 from megatron_r1.convert.storage import FP8, Archive, Stored
 

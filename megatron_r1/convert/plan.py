@@ -17,7 +17,7 @@ from typing import Literal
 
 from megatron_r1.config.errors import UserError
 from megatron_r1.convert.correspondence import SCALE, Correspondence, Entry
-from megatron_r1.convert.names import MODEL, Place, places
+from megatron_r1.convert.formats.names import MODEL, Place, places
 from megatron_r1.convert.storage import FP8, ITEMSIZE, Archive, Chunk, Stored
 
 BLOCK = 128

@@ -7,10 +7,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from megatron_r1.convert import legacy, torch_dist
 from megatron_r1.convert.correspondence import Correspondence
-from megatron_r1.convert.hf_config import CONFIG, check_quantization
-from megatron_r1.convert.hf_files import is_hf, read_hf
+from megatron_r1.convert.formats import legacy, torch_dist
+from megatron_r1.convert.formats.hf_config import CONFIG, check_quantization
+from megatron_r1.convert.formats.hf_files import is_hf, read_hf
 from megatron_r1.convert.origin import config_bytes
 from megatron_r1.convert.plan import HfSource, MegatronSource
 

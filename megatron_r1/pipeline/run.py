@@ -25,7 +25,7 @@ from megatron_r1.config.run import (
     TrainStage,
 )
 from megatron_r1.config.validate import check_layout
-from megatron_r1.convert.hf_files import is_hf
+from megatron_r1.convert.formats.hf_files import is_hf
 from megatron_r1.convert.source import is_megatron, open_source
 from megatron_r1.data.conversations import Conversations, open_batches, open_heldout
 from megatron_r1.data.corpus import Corpus

@@ -15,7 +15,7 @@ import torch
 from safetensors.torch import load_file
 
 from megatron_r1.config.errors import UserError
-from megatron_r1.convert import execute, torch_dist
+from megatron_r1.convert import execute
 from megatron_r1.convert import write as convert_write
 from megatron_r1.convert.conversion import (
     cast_conversion,
@@ -24,8 +24,9 @@ from megatron_r1.convert.conversion import (
     run,
 )
 from megatron_r1.convert.exporting import Scales
+from megatron_r1.convert.formats import torch_dist
+from megatron_r1.convert.formats.names import Spec
 from megatron_r1.convert.manifest import fp8_blocks
-from megatron_r1.convert.names import Spec
 from megatron_r1.model.block_fp8 import dequantise
 from tests.reference.synthetic_hf import FAMILIES, quantised, write_family, write_shards
 

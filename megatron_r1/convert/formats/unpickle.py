@@ -23,8 +23,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from megatron_r1.config.errors import UserError
+from megatron_r1.convert.formats.torch_zip import STORAGES, damaged, data_start, entries, pickled
 from megatron_r1.convert.storage import ITEMSIZE, TORCH_NAMES
-from megatron_r1.convert.torch_zip import STORAGES, damaged, data_start, entries, pickled
 
 
 class Lazy(NamedTuple):

@@ -17,11 +17,11 @@ from safetensors.torch import load_file, save_file
 
 from megatron_r1.cli import main
 from megatron_r1.config.errors import UserError
-from megatron_r1.convert import logits
 from megatron_r1.convert.conversion import import_conversion, run
-from megatron_r1.convert.report import Report
-from megatron_r1.convert.torch_dist import read_torch_dist
-from megatron_r1.convert.verify import verify
+from megatron_r1.convert.formats.torch_dist import read_torch_dist
+from megatron_r1.convert.verification import logits
+from megatron_r1.convert.verification.report import Report
+from megatron_r1.convert.verification.verify import verify
 from tests.reference.synthetic_hf import write_family
 
 

@@ -18,12 +18,12 @@ from megatron_r1.cli import main
 from megatron_r1.config.errors import UserError
 from megatron_r1.convert.conversion import cast_conversion, export_conversion, import_conversion, run
 from megatron_r1.convert.correspondence import Correspondence
-from megatron_r1.convert.hf_files import read_hf
+from megatron_r1.convert.formats.hf_files import read_hf
+from megatron_r1.convert.formats.torch_dist import read_torch_dist
 from megatron_r1.convert.manifest import MANIFEST, FileRecord, write_manifest, xxh3_128
-from megatron_r1.convert.report import Check, Report
 from megatron_r1.convert.storage import Archive
-from megatron_r1.convert.torch_dist import read_torch_dist
-from megatron_r1.convert.verify import verify
+from megatron_r1.convert.verification.report import Check, Report
+from megatron_r1.convert.verification.verify import verify
 from megatron_r1.model.presets import load_architecture
 from tests.reference.hf_weights import to_megatron
 from tests.reference.synthetic_hf import FAMILIES, write_family

@@ -20,7 +20,15 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from megatron_r1.config.errors import UserError
-from megatron_r1.convert.hf_files import INDEX, SINGLE, ShardFile, index_json, read_hf, read_safetensors, shard_layout
+from megatron_r1.convert.formats.hf_files import (
+    INDEX,
+    SINGLE,
+    ShardFile,
+    index_json,
+    read_hf,
+    read_safetensors,
+    shard_layout,
+)
 from megatron_r1.convert.storage import ITEMSIZE, TORCH_NAMES, Archive
 
 Tensors = dict[str, torch.Tensor]

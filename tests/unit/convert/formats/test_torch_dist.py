@@ -24,9 +24,8 @@ from torch.distributed.checkpoint.metadata import Metadata
 
 from megatron_r1.checkpoint.io import _save_without_a_manager_process
 from megatron_r1.config.errors import UserError
-from megatron_r1.convert import torch_dist as module
-from megatron_r1.convert.storage import ITEMSIZE, TORCH_NAMES, Archive, Stored
-from megatron_r1.convert.torch_dist import (
+from megatron_r1.convert.formats import torch_dist as module
+from megatron_r1.convert.formats.torch_dist import (
     PlacedChunk,
     PlacedObject,
     PlacedTensor,
@@ -36,8 +35,9 @@ from megatron_r1.convert.torch_dist import (
     metadata_bytes,
     read_torch_dist,
 )
-from megatron_r1.convert.torch_zip import frame, object_blob
-from megatron_r1.convert.unpickle import read_torch
+from megatron_r1.convert.formats.torch_zip import frame, object_blob
+from megatron_r1.convert.formats.unpickle import read_torch
+from megatron_r1.convert.storage import ITEMSIZE, TORCH_NAMES, Archive, Stored
 from megatron_r1.parallel.world import World
 
 

@@ -10,11 +10,12 @@ from pathlib import Path
 import pytest
 
 from megatron_r1.config.errors import UserError
-from megatron_r1.convert import origin, torch_dist
+from megatron_r1.convert import origin
 from megatron_r1.convert.conversion import Conversion, import_conversion, run
 from megatron_r1.convert.correspondence import Correspondence
 from megatron_r1.convert.exporting import export_plan
-from megatron_r1.convert.names import ALIASES, Place, Spec, Spelling, parse, places, shard_key, spell
+from megatron_r1.convert.formats import torch_dist
+from megatron_r1.convert.formats.names import ALIASES, Place, Spec, Spelling, parse, places, shard_key, spell
 from megatron_r1.convert.plan import MegatronSource
 from megatron_r1.convert.storage import ITEMSIZE, Archive, Chunk, Stored
 from megatron_r1.model.presets import load_architecture

@@ -17,7 +17,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_layer import get_transformer_layer_offset
 
 from megatron_r1.config.errors import UserError
-from megatron_r1.convert.legacy import is_legacy, read_legacy
+from megatron_r1.convert.formats.legacy import is_legacy, read_legacy
 from megatron_r1.convert.storage import ITEMSIZE, TORCH_NAMES, Stored
 
 LAYERS, EXPERTS = 8, 4

@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 
 from megatron_r1.convert.correspondence import Correspondence
-from megatron_r1.convert.hf_files import read_hf
+from megatron_r1.convert.formats.hf_files import read_hf
 from megatron_r1.convert.storage import Archive
-from megatron_r1.convert.structure import check_structure
+from megatron_r1.convert.verification.structure import check_structure
 from megatron_r1.model.presets import load_architecture
 from tests.reference.synthetic_hf import write_family
 

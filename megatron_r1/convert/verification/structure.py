@@ -15,8 +15,8 @@ from typing import Any
 
 from megatron_r1.convert.correspondence import SCALE, Correspondence
 from megatron_r1.convert.origin import config_bytes
-from megatron_r1.convert.report import Check, failed
 from megatron_r1.convert.storage import Archive
+from megatron_r1.convert.verification.report import Check, failed
 
 NAME = "structure"
 _GATE_UP, _DOWN = "mlp.experts.gate_up_proj", "mlp.experts.down_proj"

@@ -26,10 +26,9 @@ from pathlib import Path
 from typing import Any
 
 from megatron_r1.config.errors import UserError
-from megatron_r1.convert.storage import ITEMSIZE, TORCH_NAMES, Archive, Chunk, Stored
-from megatron_r1.convert.torch_zip import TAIL, damaged, data_start, entries, object_blob, pickled
-from megatron_r1.convert.torch_zip import frame as frame  # importers lay chunks out with it
-from megatron_r1.convert.unpickle import (
+from megatron_r1.convert.formats.torch_zip import TAIL, damaged, data_start, entries, object_blob, pickled
+from megatron_r1.convert.formats.torch_zip import frame as frame  # importers lay chunks out with it
+from megatron_r1.convert.formats.unpickle import (
     BytesStorageMetadata,
     Lazy,
     Metadata,
@@ -38,6 +37,7 @@ from megatron_r1.convert.unpickle import (
     read_pickle,
     unpickle,
 )
+from megatron_r1.convert.storage import ITEMSIZE, TORCH_NAMES, Archive, Chunk, Stored
 
 TRACKER = "latest_checkpointed_iteration.txt"
 _CONFIG = "metadata.json"

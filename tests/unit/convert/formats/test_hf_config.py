@@ -13,7 +13,7 @@ from transformers.quantizers.quantizers_utils import should_convert_module
 
 from megatron_r1.config.errors import UserError
 from megatron_r1.config.model import ModelConfig
-from megatron_r1.convert.hf_config import (
+from megatron_r1.convert.formats.hf_config import (
     Fp8Layout,
     aux_files,
     check_config,

@@ -18,14 +18,14 @@ from typing import Any, Literal
 from megatron_r1.config.errors import UserError
 from megatron_r1.convert import origin
 from megatron_r1.convert.correspondence import SCALE, Correspondence
-from megatron_r1.convert.hf_config import CONFIG, export_config, hf_dtype, read_aux
-from megatron_r1.convert.logits import Logits, compare_logits, memory_needed
+from megatron_r1.convert.formats.hf_config import CONFIG, export_config, hf_dtype, read_aux
 from megatron_r1.convert.manifest import JOURNAL, MANIFEST, check_manifest
 from megatron_r1.convert.plan import HfSource
-from megatron_r1.convert.report import Check, Report, failed, not_done
-from megatron_r1.convert.sides import Side, known_origin, open_both
 from megatron_r1.convert.storage import FP8, Archive
-from megatron_r1.convert.structure import check_structure
+from megatron_r1.convert.verification.logits import Logits, compare_logits, memory_needed
+from megatron_r1.convert.verification.report import Check, Report, failed, not_done
+from megatron_r1.convert.verification.sides import Side, known_origin, open_both
+from megatron_r1.convert.verification.structure import check_structure
 
 Progress = Callable[[int], None]
 _NO_SOURCE = "no SOURCE was given"
@@ -225,7 +225,7 @@ def _inverse(tested: Side, other: Side | None, like: Path | None, workers: int, 
         return failed(name, f"SOURCE: {other.error}")
     if problems := _other_model(tested.source.table, other.source.table):
         return Check(name, "failed", "the two folders hold different models", problems)
-    from megatron_r1.convert.inverse import compare
+    from megatron_r1.convert.verification.inverse import compare
 
     try:
         known = known_origin(other, like)

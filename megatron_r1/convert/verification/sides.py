@@ -7,9 +7,10 @@ from pathlib import Path
 from typing import Literal
 
 from megatron_r1.config.errors import UserError
-from megatron_r1.convert import origin, torch_dist
-from megatron_r1.convert.hf_config import CONFIG
-from megatron_r1.convert.hf_files import is_hf
+from megatron_r1.convert import origin
+from megatron_r1.convert.formats import torch_dist
+from megatron_r1.convert.formats.hf_config import CONFIG
+from megatron_r1.convert.formats.hf_files import is_hf
 from megatron_r1.convert.origin import Origin
 from megatron_r1.convert.plan import HfSource, MegatronSource
 from megatron_r1.convert.source import is_megatron, open_source

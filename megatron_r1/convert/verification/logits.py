@@ -132,7 +132,7 @@ def transformers_logits(folder: Path, tokens_BS: torch.Tensor) -> tuple[torch.Te
     """
     import torch
 
-    from megatron_r1.convert.structure import quiet_transformers
+    from megatron_r1.convert.verification.structure import quiet_transformers
 
     with quiet_transformers():
         from transformers import AutoModelForCausalLM

@@ -22,7 +22,7 @@ import torch
 from megatron_r1.config.errors import UserError
 from megatron_r1.convert.correspondence import SCALE
 from megatron_r1.convert.execute import Buffer, Maker
-from megatron_r1.convert.names import parse
+from megatron_r1.convert.formats.names import parse
 from megatron_r1.convert.origin import Origin
 from megatron_r1.convert.plan import HfSource, MegatronSource, Quantise, Target, check_coverage
 from megatron_r1.convert.storage import FP8, ITEMSIZE, TORCH_NAMES, Chunk, Stored

@@ -21,9 +21,9 @@ import pytest
 import torch
 
 from megatron_r1.config.errors import UserError
-from megatron_r1.convert import unpickle as module
+from megatron_r1.convert.formats import unpickle as module
+from megatron_r1.convert.formats.unpickle import Inert, Lazy, read_pickle, read_torch, unpickle
 from megatron_r1.convert.storage import ITEMSIZE, TORCH_NAMES
-from megatron_r1.convert.unpickle import Inert, Lazy, read_pickle, read_torch, unpickle
 
 
 class Calls:
@@ -312,5 +312,6 @@ def test_other_zips_are_refused(tmp_path: Path) -> None:
 
 
 def test_reading_imports_no_torch() -> None:
-    code = "import sys, megatron_r1.convert.legacy; sys.exit('torch' in sys.modules or 'megatron' in sys.modules)"
+    reader = "megatron_r1.convert.formats.legacy"
+    code = f"import sys, {reader}; sys.exit('torch' in sys.modules or 'megatron' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0

@@ -29,11 +29,11 @@ from pathlib import Path
 from typing import Any
 
 from megatron_r1.config.errors import UserError
-from megatron_r1.convert.names import places
+from megatron_r1.convert.formats.names import places
+from megatron_r1.convert.formats.torch_dist import checkpoint_folder
+from megatron_r1.convert.formats.torch_zip import damaged
+from megatron_r1.convert.formats.unpickle import Inert, Lazy, read_torch
 from megatron_r1.convert.storage import Archive, Chunk, Stored
-from megatron_r1.convert.torch_dist import checkpoint_folder
-from megatron_r1.convert.torch_zip import damaged
-from megatron_r1.convert.unpickle import Inert, Lazy, read_torch
 
 _RANK = re.compile(r"mp_rank_(\d{2,})(?:_(\d{3,}))?(?:_(\d{3,}))?")
 _FILES = ("model_optim_rng.pt", "model_rng.pt")

@@ -1,0 +1,1 @@
+"""What `convert verify` proves: checksums, key lists, config, the inverse conversion, logits."""
