@@ -56,7 +56,7 @@ def export_plan(
             if (had := origin.dtypes[name]) not in (*WEIGHTS, FP8):
                 raise UserError(f"{origin.folder}: {name} is {had} there, which is not written; choose --dtype")
             return had
-        return _dtype(rule, DTYPES[dtype] if dtype else usual or source.dtype(name))
+        return dtype_in(rule, DTYPES[dtype] if dtype else usual or source.dtype(name))
 
     names = [*table.hf, *origin.copies(table)]
     targets = _targets(table, names, source.hf_tensor, dtype_of, origin, scales)
@@ -75,14 +75,15 @@ def cast_plan(source: HfSource, origin: Origin, *, dtype: str, scales: Scales, s
         raise UserError(f"{source.archive.folder} is FP8 already; cast it to bf16, or export it with other scales")
 
     names = table.names_in(tensors)
-    targets = _targets(table, names, source.whole, lambda _, rule: _dtype(rule, DTYPES[dtype]), origin, scales)
+    targets = _targets(table, names, source.whole, lambda _, rule: dtype_in(rule, DTYPES[dtype]), origin, scales)
     if all(target.operation == "copy" for target in targets):
         raise UserError(f"{source.archive.folder} is {dtype} already: there is nothing to cast")
     check_used(source)
     return _plan(targets, source.dropped, shard_bytes, None)
 
 
-def _dtype(rule: Rule, wanted: str) -> str:
+def dtype_in(rule: Rule, wanted: str) -> str:
+    """The dtype of a rule's tensors in a checkpoint of this dtype: not all are quantised, some stay float32."""
     if rule.fp32:
         return "F32"
     return "BF16" if wanted == FP8 and not rule.fp8 else wanted

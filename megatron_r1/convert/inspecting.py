@@ -12,11 +12,11 @@ from pathlib import Path
 from typing import Any
 
 from megatron_r1.convert.correspondence import SCALE, Correspondence
-from megatron_r1.convert.exporting import DTYPES, export_plan
+from megatron_r1.convert.exporting import DTYPES, dtype_in, export_plan
 from megatron_r1.convert.formats.names import Spec
 from megatron_r1.convert.importing import ImportPlan, import_plan
 from megatron_r1.convert.origin import Origin
-from megatron_r1.convert.plan import HfSource, MegatronSource
+from megatron_r1.convert.plan import HfSource, MegatronSource, scale_shape
 from megatron_r1.convert.storage import FP8, Archive, Chunk, Stored
 
 NOWHERE = Path("(planned)")
@@ -62,9 +62,9 @@ def planned_hf(table: Correspondence, dtype: str) -> Archive:
     wanted = DTYPES[dtype]
     for name in table.hf_names:
         rule, shape = table.rule(name), table.hf_shape(name)
-        listed = [(name, "F32" if rule.fp32 else ("BF16" if wanted == FP8 and not rule.fp8 else wanted), shape)]
+        listed = [(name, dtype_in(rule, wanted), shape)]
         if listed[0][1] == FP8:
-            listed.append((name + SCALE, "F32", tuple(-(-size // 128) for size in shape)))
+            listed.append((name + SCALE, "F32", scale_shape(shape)))
         for key, kind, size in listed:
             chunk = Chunk(str(NOWHERE), at, (0,) * len(size), size)
             made[key] = Stored(key, kind, size, (chunk,))

@@ -19,8 +19,8 @@ from megatron_r1.config.errors import UserError
 from megatron_r1.convert.correspondence import SCALE, Correspondence, Entry
 from megatron_r1.convert.formats.names import MODEL, Place, places
 from megatron_r1.convert.storage import FP8, ITEMSIZE, Archive, Chunk, Stored
+from megatron_r1.model.precision import BLOCK
 
-BLOCK = 128
 WEIGHTS = ("BF16", "F16", "F32")
 """Dtypes of weights that are not quantised."""
 SCALES = ("F32", "BF16", "F16", "F8_E8M0")
@@ -106,9 +106,9 @@ class Target:
             return "dequantise"
         return "copy" if all(piece.dtype == self.dtype for piece in self.pieces) else "cast"
 
-    def scale_shape(self) -> tuple[int, int]:
+    def scale_shape(self) -> tuple[int, ...]:
         """Shape of its block scales."""
-        return -(-self.rows // BLOCK), -(-self.cols // BLOCK)
+        return scale_shape((self.rows, self.cols))
 
 
 @dataclass(frozen=True, slots=True)
@@ -155,6 +155,11 @@ class Plan:
 
 def _order(piece: Piece) -> tuple[int, int]:
     return piece.row, piece.col
+
+
+def scale_shape(shape: Sequence[int]) -> tuple[int, ...]:
+    """Shape of the block scales of a matrix; blocks at the lower and right edge may be partial."""
+    return tuple(-(-size // BLOCK) for size in shape)
 
 
 def _matrix(shape: tuple[int, ...]) -> tuple[int, int]:
@@ -249,7 +254,7 @@ class HfSource(Source):
         shapes = {n: (tensors[n].shape, table.hf_shape(n)) for n in present}
         for n in used_scales:
             matrix = table.hf_shape(n.removesuffix(SCALE))
-            shapes[n] = tensors[n].shape, tuple(-(-size // BLOCK) for size in matrix)
+            shapes[n] = tensors[n].shape, scale_shape(matrix)
         _refuse_shapes(where, shapes)
 
     @property

@@ -17,10 +17,7 @@ from megatron_r1.cli import main
 from megatron_r1.convert.manifest import JOURNAL, MANIFEST, check_manifest
 from tests.reference.synthetic_hf import write_family, write_shards
 
-
-@pytest.fixture(autouse=True)
-def _no_waiting_for_the_disk(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(os, "fsync", lambda handle: None)
+pytestmark = pytest.mark.usefixtures("no_waiting_for_the_disk")
 
 
 @pytest.fixture(scope="module")

@@ -52,9 +52,7 @@ def sources(tmp_path_factory: pytest.TempPathFactory) -> Sources:
     return make
 
 
-@pytest.fixture(autouse=True)
-def _no_waiting_for_the_disk(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("os.fsync", lambda handle: None)
+pytestmark = pytest.mark.usefixtures("no_waiting_for_the_disk")
 
 
 def hf_tensors(folder: Path) -> dict[str, torch.Tensor]:

@@ -32,9 +32,7 @@ EXPERT = "model.layers.1.mlp.experts.5.up_proj.weight"
 ALL = dict.fromkeys(("checksums", "complete", "structure", "config", "inverse"), "ok") | {"logits": "not done"}
 
 
-@pytest.fixture(autouse=True)
-def _no_waiting_for_the_disk(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(os, "fsync", lambda handle: None)
+pytestmark = pytest.mark.usefixtures("no_waiting_for_the_disk")
 
 
 @pytest.fixture(scope="module")
