@@ -33,6 +33,7 @@ REQUIRES = [
     "safetensors>=0.5,<1",
     "pyarrow>=18",
     "xxhash>=3,<5",  # checksums of converted files
+    "httpx2>=2,<3",  # judge servers
 ]
 
 EXTRAS = {

@@ -47,12 +47,17 @@ def main() -> None:
 
 
 def run(seed: int, folder: Path, overrides: list[str]) -> dict[str, Any]:
-    """The summary of one seed's run."""
+    """COLUMNS of one seed's run: the first evaluation, the last one, and the time inside all stages."""
     summary = folder / "summary.json"
     if not summary.exists():
         command = [sys.executable, "-m", "megatron_r1.cli", "run", str(RECIPE), f"seed={seed}", *overrides]
         subprocess.run([*command, "--run-dir", str(folder)], check=True, cwd=ROOT)
-    return dict(json.loads(summary.read_text()))
+    before, *_, after = json.loads(summary.read_text())
+    names = {"pass@1": "accuracy", "cons@16": "cons@16", "mean_tokens": "mean_tokens"}
+    row = {f"{name}_before": before[column] for name, column in names.items()}
+    row |= {name: after[column] for name, column in names.items()}
+    stages = json.loads((folder / "stages.json").read_text())["stages"]
+    return row | {"seconds": round(sum(stage["finished"] - stage["started"] for stage in stages), 1)}
 
 
 def table(rows: dict[int, dict[str, Any]]) -> str:

@@ -13,11 +13,17 @@ import shlex
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from megatron_r1 import __version__
 from megatron_r1.config.errors import RunFailed, UserError
-from megatron_r1.config.run import RunConfig, SftStage
+from megatron_r1.config.run import RunConfig
+from megatron_r1.config.stages import SftStage
 from megatron_r1.convert.command import add_convert
+from megatron_r1.pipeline.serve_command import add_serve
+
+if TYPE_CHECKING:
+    from megatron_r1.pipeline.decide import Choice, Decision
 
 EXIT_FAILED = 1
 EXIT_USER_ERROR = 2
@@ -27,6 +33,7 @@ EXAMPLES = """\
 examples:
   megatron-r1 run examples/quickstart/recipe.toml            train a tiny R1-Zero on this machine
   megatron-r1 run recipe.toml --dry-run                      show what a recipe means, start nothing
+  megatron-r1 status runs/quickstart                         which stages are done, how far the others are
   megatron-r1 report runs/quickstart                         write one HTML page about a run
   megatron-r1 convert export CHECKPOINT HF_DIR               Megatron -> Hugging Face; also import, cast, verify
   megatron-r1 config | less                                  every configuration key and its default
@@ -38,18 +45,37 @@ syntax.
 
 A run directory holds everything a run makes. Running the same recipe again goes on where it
 stopped: stages that are done are skipped, a stage that was interrupted resumes from its last
-checkpoint.
+checkpoint. A setting, or a file, that is not what it was when a stage ran makes that stage run
+again, and those behind it whose input is then another; what they had moves to RUN/superseded/.
 
 examples:
   megatron-r1 run recipe.toml
   megatron-r1 run recipe.toml seed=7 stage.r1-zero.grpo.prompts=16 stage.0.steps=10
   megatron-r1 run recipe.toml --nproc 4 parallel.tensor=2     4 processes here, TP 2 x DP 2
   megatron-r1 run recipe.toml --run-dir /scratch/me/run-7
+  megatron-r1 run recipe.toml --until rl1                     stop after the stage rl1
+  megatron-r1 run recipe.toml --only eval-rl1 --force eval-rl1    that evaluation, anew
   torchrun --nnodes 2 --nproc-per-node 8 -m megatron_r1.cli run recipe.toml
   srun --ntasks 16 megatron-r1 run recipe.toml                each task is one rank
 
 Ctrl-C (or SIGTERM) lets every rank save a checkpoint and end; a second one kills them.
 Exit status: 0 done; 2 a mistake in the recipe or the arguments; 130 or 143 stopped by a signal.
+"""
+
+STATUS_EXAMPLES = """\
+states:
+  pending   not begun                      running   at work now
+  done      finished, its results kept     stopped   was running when its run ended; the same run command goes on
+  failed    ended with an error            stale     runs again, for the reason in the last column
+
+Steps are optimizer steps; chunks of prompts or rows where a stage makes data; completions where it evaluates. The time
+to go is that of the last steps. A stage that was resumed counts its time from then on.
+
+examples:
+  megatron-r1 status runs/quickstart
+  megatron-r1 status runs/quickstart --watch 10
+  megatron-r1 status runs/quickstart --json | jq .state
+  megatron-r1 status runs/quickstart --table >> README.md
 """
 
 
@@ -98,7 +124,9 @@ def _parser() -> argparse.ArgumentParser:
     verbs = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
     _add_run(verbs)
     add_convert(verbs)
+    add_serve(verbs)
 
+    _add_status(verbs)
     report = verbs.add_parser(
         "report",
         help="write report.html into a run directory",
@@ -125,6 +153,38 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
+def _add_status(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    status = verbs.add_parser(
+        "status",
+        help="show where a run stands: stages, steps, time to go",
+        description="Show where a run stands. Reads the files of its directory only, so it may be asked at any time, "
+        "also from another machine.",
+        epilog=STATUS_EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    status.add_argument("run", type=Path, metavar="RUN", help="a run directory, e.g. runs/quickstart")
+    shape = status.add_mutually_exclusive_group()
+    shape.add_argument("--json", action="store_true", help="print one JSON object, for programs")
+    shape.add_argument("--table", action="store_true", help="print the closing table so far as Markdown, for a README")
+    shape.add_argument(
+        "--watch",
+        type=_seconds,
+        metavar="SECONDS",
+        help="print it again every so often until the run is done, failed or stopped; Ctrl-C ends it",
+    )
+    status.set_defaults(command=_status)
+
+
+def _seconds(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = 0.0
+    if not 0.1 <= value <= 86400:
+        raise argparse.ArgumentTypeError(f"got {text!r}; allowed: seconds from 0.1 to 86400")
+    return value
+
+
 def _add_run(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     from megatron_r1.model.presets import preset_names
 
@@ -145,6 +205,17 @@ def _add_run(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> None
         help="processes to start here (default: what the recipe's [parallel] table asks for)",
     )
     run.add_argument("--run-dir", type=Path, metavar="DIR", help="where the run lives (default: runs/<name>)")
+    run.add_argument("--until", metavar="STAGE", help="run the stages up to this one")
+    run.add_argument(
+        "--only", action="append", default=[], metavar="STAGE", help="run this stage alone (may be given several times)"
+    )
+    run.add_argument(
+        "--force",
+        action="append",
+        default=[],
+        metavar="STAGE",
+        help="begin this stage anew although it is done; what it had moves to superseded/ (may be given several times)",
+    )
     run.add_argument(
         "--dry-run",
         action="store_true",
@@ -165,7 +236,7 @@ def _run(arguments: argparse.Namespace) -> int:
     from megatron_r1.config.load import load
     from megatron_r1.config.validate import check_world
     from megatron_r1.observe.rundir import RunDir
-    from megatron_r1.pipeline.continuing import check_continues
+    from megatron_r1.pipeline.decide import Choice, decide
     from megatron_r1.pipeline.run import preflight
 
     variables = rank_variables(os.environ)
@@ -176,40 +247,54 @@ def _run(arguments: argparse.Namespace) -> int:
     check_world(config.parallel, world)
     preflight(config, world)
     run_dir = (arguments.run_dir or Path("runs") / config.name).resolve()
-    check_continues(config, RunDir(run_dir))
+    choice = Choice(frozenset(arguments.only), arguments.until, frozenset(arguments.force))
     if arguments.dry_run:
-        print(_plan(config, world, run_dir))
+        print(_plan(config, world, run_dir, decide(config, RunDir(run_dir), choice)))
         return 0
     if variables is None:
+        decisions = decide(config, RunDir(run_dir), choice)
         _write_files(arguments.recipe, config, run_dir)
-        return _start_ranks(config, world, run_dir)
+        _announce(decisions)
+        return _start_ranks(config, world, run_dir, choice)
     os.environ.update(variables)
     own = arguments.recipe.resolve() == run_dir / "resolved.toml"  # our launcher's rank: the parent has written them
     if variables["RANK"] == "0" and not own:
         _write_files(arguments.recipe, config, run_dir)
     from megatron_r1.pipeline import worker
 
-    return worker.main(config, run_dir)
+    return worker.main(config, run_dir, choice)
 
 
-def _plan(config: RunConfig, world: int, run_dir: Path) -> str:
+def _announce(decisions: Sequence[Decision]) -> None:
+    """Which stages go on, run again, or are done; nothing where a run is new."""
+    if all(decision.action == "run" for decision in decisions):
+        return
+    words = {"run": "to run", "resume": "goes on", "again": "runs again", "keep": "done", "depends": "looked at again"}
+    for decision in decisions:
+        print(f"stage {decision.name}: {words[decision.action]}{f' ({decision.why})' if decision.why else ''}")
+    sys.stdout.flush()
+
+
+def _plan(config: RunConfig, world: int, run_dir: Path, decisions: Sequence[Decision]) -> str:
     """What a dry run prints: valid TOML, everything else in comments."""
     from megatron_r1.config.departures import departures
     from megatron_r1.config.load import dump
-    from megatron_r1.pipeline.run import with_steps
+    from megatron_r1.pipeline.inputs import waits_for_data, with_steps
 
     layout = config.parallel
     data = world // layout.model_size
+    counted = [stage for stage in config.stage if isinstance(stage, SftStage) and stage.epochs is not None]
     notes = [
         f"run directory: {run_dir}",
         f"layout: {world} process(es) = TP {layout.tensor} x PP {layout.pipeline} x CP "
         f"{layout.context} x DP {data}; "
         f"experts: EP {layout.expert} x ETP {layout.etp}; VPP {layout.virtual_pipeline}",
-        f"stages: {' -> '.join(stage.name for stage in config.stage)}",
+        f"stages: {' -> '.join(decision.name for decision in decisions)}",
+        *(f"  {d.name}: {d.action}{f' ({d.why})' if d.why else ''}" for d in decisions if d.action != "run"),
         *(
-            f"stage {stage.name}: {stage.epochs:g} epochs in {stage.steps} steps"
-            for stage in with_steps(config).stage
-            if isinstance(stage, SftStage) and stage.epochs is not None
+            f"stage {stage.name}: {stage.epochs:g} epochs in {planned.steps} steps"
+            for stage in counted
+            if not waits_for_data(stage) and isinstance(planned := with_steps(stage), SftStage)
         ),
         "departures from the paper:",
         *([f"  {item}" for item in departures(config)] or ["  none"]),
@@ -241,19 +326,49 @@ def _write_files(recipe: Path, config: RunConfig, run_dir: Path) -> None:
     sys.stdout.flush()
 
 
-def _start_ranks(config: RunConfig, world: int, run_dir: Path) -> int:
+def _start_ranks(config: RunConfig, world: int, run_dir: Path, choice: Choice) -> int:
     from megatron_r1.cluster.local import launch
     from megatron_r1.observe.rundir import RunDir, StageDir
 
     logs = StageDir(run_dir)
     command = [sys.executable, "-m", "megatron_r1.cli", "run", str(RunDir(run_dir).resolved)]
+    until = ["--until", choice.until] if choice.until else []
+    chosen = [*until, *(word for name in sorted(choice.only) for word in ("--only", name))]
+    forced = [word for name in sorted(choice.force) for word in ("--force", name)]
     environment = {**os.environ, "OMP_NUM_THREADS": str(config.threads)}
-    status = launch([*command, "--run-dir", str(run_dir)], world, logs.log_dir(logs.next_attempt()), environment)
+    status = launch(
+        [*command, *chosen, *forced, "--run-dir", str(run_dir)], world, logs.log_dir(logs.next_attempt()), environment
+    )
     if status > 128:
         ranks = [] if world == config.parallel.world_size else ["--nproc", str(world)]
-        again = shlex.join(["megatron-r1", *command[3:], "--run-dir", str(run_dir), *ranks])
+        again = shlex.join(["megatron-r1", *command[3:], *chosen, "--run-dir", str(run_dir), *ranks])
         print(f"megatron-r1: stopped; to go on from the last checkpoint: {again}", file=sys.stderr)
     return status
+
+
+def _status(arguments: argparse.Namespace) -> int:
+    import json
+
+    from megatron_r1.observe.evaluations import closing_markdown, closing_rows
+    from megatron_r1.observe.rundir import RunDir
+    from megatron_r1.observe.status import print_status, read_status, status_json, watch
+
+    run = RunDir.open(arguments.run)
+    if arguments.table:
+        rows = closing_rows(run)
+        if not rows:
+            raise UserError(f"{run.path}: no evaluation is done yet, so there is no table to print")
+        print(closing_markdown(rows), end="")
+    elif arguments.json:
+        print(json.dumps(status_json(read_status(run)), indent=2, ensure_ascii=False))
+    elif arguments.watch is not None:
+        try:
+            watch(run, arguments.watch)
+        except KeyboardInterrupt:
+            print()
+    else:
+        print_status(read_status(run))
+    return 0
 
 
 def _report(arguments: argparse.Namespace) -> int:

@@ -1,5 +1,5 @@
-"""What flows between the rooms: Prompt -> Completion (with its Score) -> Group -> Sample; PreferencePair -> Sample;
-Conversation -> Sample.
+"""What flows between the rooms: Prompt -> Completion (with its Score) -> Group -> Sample; PreferencePair,
+LabelledAnswer, Conversation -> Sample.
 
 Every list marked [T] is aligned with `Completion.token_ids`. A group is an object, never a reshape of a flat
 list, so uneven or failed groups stay correct by construction. Nothing here imports torch: a `Sample` becomes
@@ -35,6 +35,7 @@ class Prompt:
     verifier: str  # key in `rewards.accuracy.VERIFIERS`
     metadata: dict[str, Any] = field(default_factory=dict)
     language: str | None = None  # code (`config/languages.py`) where the source says it; None: read it off the question
+    domain: str = "reasoning"  # of its source; rewards name the domains that they score
 
 
 @dataclass(kw_only=True, slots=True)
@@ -87,6 +88,7 @@ class Completion:
     weight_versions: tuple[int, int]  # (oldest, newest) policy version that sampled its tokens
     text: str  # decoded, without the end-of-sequence token
     score: Score | None = None  # None until the rewards have run
+    values: dict[str, float] = field(default_factory=dict)  # reward model's name -> its value, before weight
     # int16 [P + T, MoE layers, top-k]: experts that prompt and answer were routed to; -1: not known; None: not recorded
     routed_experts: np.ndarray | None = None
 
@@ -140,6 +142,26 @@ class PreferencePair:
     question: str  # the raw prompt, before the template
     chosen: Sample  # prompt, answer, end-of-sequence
     rejected: Sample
+
+    @property
+    def samples(self) -> list[Sample]:
+        """What a reward model scores: chosen, rejected."""
+        return [self.chosen, self.rejected]
+
+
+@dataclass(kw_only=True, slots=True)
+class LabelledAnswer:
+    """An answer that is good (safe) or not. Example: LabelledAnswer(id="labels.jsonl:3", ..., good=False)."""
+
+    id: str  # "<source>:<index>"
+    question: str  # the raw prompt, before the template
+    sample: Sample  # prompt, answer, end-of-sequence
+    good: bool
+
+    @property
+    def samples(self) -> list[Sample]:
+        """What a reward model scores."""
+        return [self.sample]
 
 
 @dataclass(frozen=True, slots=True)

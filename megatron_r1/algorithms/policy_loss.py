@@ -15,8 +15,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from megatron_r1.algorithms.kl import kl_estimate
+from megatron_r1.algorithms.kl import KlKind, kl_estimate
 from megatron_r1.config.grpo import LossConfig
+
+KL_METRICS: tuple[KlKind, ...] = ("k1", "k3")
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,8 +30,8 @@ class PolicyLoss:
     - "ratio": probability ratio (with ratio = "sequence" the sequence's, once for each token)
     - "clip_low", "clip_high": tokens whose gradient the clip removed (A < 0 below, A > 0 above)
     - "dual_clip": tokens whose loss the dual clip bounds
-    - "kl_k3": the k3 estimate of KL(policy || reference), whatever estimator the loss uses; present
-      exactly when reference log-probs were given
+    - "kl_k1", "kl_k3": these estimates of KL(policy || reference), whatever estimator the loss uses;
+      present exactly when reference log-probs were given
     """
 
     loss: Tensor  # scalar to minimise, weights applied, differentiable
@@ -99,7 +101,8 @@ def policy_loss(
     metrics = _ratio_metrics(ratio.detach(), advantages, mask, config)
     if reference_log_probs_BT is not None:
         reference = _learned(reference_log_probs_BT, mask).detach()
-        metrics["kl_k3"] = _masked_sum(kl_estimate(log_probs.detach(), reference, "k3"), mask)
+        for kind in KL_METRICS:
+            metrics[f"kl_{kind}"] = _masked_sum(kl_estimate(log_probs.detach(), reference, kind), mask)
         if config.kl != "none" and config.kl_coefficient > 0:
             kl = kl_estimate(log_probs, reference, config.kl)
             per_token = per_token + config.kl_coefficient * kl

@@ -15,8 +15,10 @@ from pathlib import Path
 from typing import Any
 
 from megatron_r1.config.errors import UserError
+from megatron_r1.convert.formats.unpickle import read_pickle
 
 MANIFEST = "manifest.json"
+HEAD = "scalar_head.weight"  # as in model/scalar_head.py, which needs torch
 _NAME = re.compile(r"step-(\d{8})")
 
 
@@ -78,6 +80,18 @@ def of_training(path: Path) -> bool:
     if not manifest.is_file():
         return _NAME.fullmatch(path.name) is not None
     return '"tool"' not in manifest.read_text()
+
+
+def require_reward_model(path: Path) -> None:
+    """Raise UserError unless this is a complete checkpoint of a reward_model stage."""
+    if of_training(path):
+        check(path)
+        if HEAD in read_pickle(path / ".metadata").state_dict_metadata:
+            return
+    raise UserError(
+        f"{path} holds no reward model: it has no scalar head ({HEAD}). Name a stage of kind "
+        '"reward_model", its folder, or a checkpoint in it'
+    )
 
 
 def check(path: Path) -> None:

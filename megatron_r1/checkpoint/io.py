@@ -40,19 +40,28 @@ _REFERENCE = "reference."
 _DISK_SIGNS = ("[Errno ", "PytorchStreamWriter failed", "inline_container.cc")
 
 
-class TrainingState(Protocol):
-    """What is saved: `train.trainer.Trainer` is one."""
+class ModelState(Protocol):
+    """What weights are loaded into: `train.frozen.FrozenModel` is one."""
 
     world: World
     arch: Architecture
     step: int
-    optimizer: Any
-    schedule: Any
 
     @property
     def models(self) -> list[PolicyModel]:
         """The bare models, one a virtual stage."""
         ...
+
+    def weights_changed(self) -> None:
+        """Called after weights were loaded."""
+        ...
+
+
+class TrainingState(ModelState, Protocol):
+    """What is saved: `train.trainer.Trainer` is one."""
+
+    optimizer: Any
+    schedule: Any
 
 
 def save(root: Path, trainer: TrainingState, loop: dict[str, Any], reference: Reference | None, *, keep: int) -> Path:
@@ -125,28 +134,28 @@ def _restore_group_settings(optimizer: Any, settings: list[dict[str, Any]]) -> N
         group.update(own)
 
 
-def load_weights(path: Path, trainer: TrainingState) -> None:
+def load_weights(path: Path, model: ModelState) -> None:
     """Only the model's weights (a stage that starts from another's result). Collective.
 
     A reward model that starts from a language model keeps its own head. Raises UserError the other way round.
     """
     folders.check(path)
-    wants_head = isinstance(trainer.models[0], RewardModel)
+    wants_head = isinstance(model.models[0], RewardModel)
     has_head = HEAD in dist_checkpointing.load_tensors_metadata(str(path))
     if has_head and not wants_head:
         raise UserError(
             f"checkpoint {path} holds a reward model, which has a scalar head instead of an output layer: only a "
             "reward_model stage can start from it. Set `from` to a stage that trained a language model"
         )
-    state = _model_state(trainer)
+    state = _model_state(model)
     fresh = {key: part.pop(HEAD).data for key, part in state.items() if HEAD in part} if not has_head else {}
     loaded = _load(state, path)
     for key, weight in fresh.items():
         loaded[key][HEAD] = weight
     if wants_head and not has_head:
         logger.info("%s holds a language model: the scalar head of the reward model is new", path)
-    _load_models(trainer, loaded)
-    trainer.optimizer.reload_model_params()
+    _load_models(model, loaded)
+    model.weights_changed()
 
 
 def _sharded_state(trainer: TrainingState, reference: Reference | None, *, loading: bool) -> dict[str, Any]:
@@ -232,7 +241,7 @@ def sharding_metadata(world: World) -> dict[str, Any]:
     }
 
 
-def _model_state(trainer: TrainingState) -> dict[str, Any]:
+def _model_state(trainer: ModelState) -> dict[str, Any]:
     metadata = sharding_metadata(trainer.world)
     return {_chunk_key(i): m.sharded_state_dict(metadata=metadata) for i, m in enumerate(trainer.models)}
 
@@ -241,7 +250,7 @@ def _chunk_key(index: int) -> str:
     return "model" if index == 0 else f"model{index}"
 
 
-def _load_models(trainer: TrainingState, loaded: dict[str, Any]) -> None:
+def _load_models(trainer: ModelState, loaded: dict[str, Any]) -> None:
     for i, model in enumerate(trainer.models):
         model.load_state_dict(loaded[_chunk_key(i)], strict=True)
 

@@ -1,4 +1,4 @@
-"""Where prompts, conversations, preference pairs and pre-training text come from, and how completions are scored."""
+"""Where prompts, conversations, preference pairs, labelled answers and pre-training text come from."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ from typing import Any, ClassVar, Literal
 from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
 
 from megatron_r1.config.base import Table
-from megatron_r1.config.languages import DEFAULT_LANGUAGE, HAN_PER_WORD, check_language
 
 R1_ZERO_TEMPLATE = "r1-zero"
 
@@ -20,6 +19,14 @@ def check_template(template: str) -> None:
             f"template {template!r} has no {{prompt}} field; write it where the question goes, "
             'or use "r1-zero" or "plain"'
         )
+
+
+def check_one_origin(table: PairsConfig | LabelsConfig | ConversationsConfig) -> None:
+    """Raise ValueError unless the rows come from either a path or a stage."""
+    if (table.path is None) == (table.stage is None):
+        raise ValueError("give exactly one of `path` and `stage`")
+    if table.stage is not None and table.source != "jsonl":
+        raise ValueError(f'source = "{table.source}" with stage = "{table.stage}": stages write jsonl; remove `source`')
 
 
 class PromptsConfig(Table):
@@ -54,6 +61,14 @@ class PromptsConfig(Table):
     """"r1-zero", "plain", or a text that contains `{prompt}`."""
     shuffle: bool = True
     """Draw prompts in a new order each epoch."""
+    domain: str = Field(default="reasoning", pattern=r"^[a-z0-9][a-z0-9_-]*$")
+    """What kind of prompts these are, e.g. "reasoning", "helpful", "harmless": rewards name the domains that they
+    score, dataset cards and metrics count by it."""
+    weight: PositiveFloat = 1.0
+    """With several sources: this one's share of a phase, against the others that take part."""
+    last_steps: PositiveInt | None = None
+    """grpo only: takes part in the last so many optimizer steps of the stage (the paper's second RL stage: general
+    prompts in the last 400 of 1,700). None: always."""
 
     @model_validator(mode="after")
     def _source_arguments(self) -> PromptsConfig:
@@ -82,10 +97,12 @@ class PairsConfig(Table):
 
     table: ClassVar[str] = "pairs"
 
-    source: Literal["jsonl", "parquet"]
+    source: Literal["jsonl", "parquet"] = "jsonl"
     """jsonl: a file; parquet: a file or a folder of them."""
-    path: Path
+    path: Path | None = None
     """The file or folder."""
+    stage: str | None = None
+    """Instead of `path`: the stage of this recipe whose data.jsonl to read (kind "preferences", form "pairs")."""
     size: PositiveInt | None = None
     """Use at most this many rows, the first ones."""
     prompt_key: str = "prompt"
@@ -103,12 +120,49 @@ class PairsConfig(Table):
     @model_validator(mode="after")
     def _template(self) -> PairsConfig:
         check_template(self.template)
+        check_one_origin(self)
         return self
 
     @property
     def columns(self) -> dict[str, str]:
         """Setting -> the column that it names and a file must have."""
         return {"prompt_key": self.prompt_key, "chosen_key": self.chosen_key, "rejected_key": self.rejected_key}
+
+
+class LabelsConfig(Table):
+    """One source of labelled answers: rows of a prompt, an answer and whether it is good (safe) or not."""
+
+    table: ClassVar[str] = "labels"
+
+    source: Literal["jsonl", "parquet"] = "jsonl"
+    """jsonl: a file; parquet: a file or a folder of them."""
+    path: Path | None = None
+    """The file or folder."""
+    stage: str | None = None
+    """Instead of `path`: the stage of this recipe whose data.jsonl to read (kind "preferences", form "labels")."""
+    size: PositiveInt | None = None
+    """Use at most this many rows, the first ones."""
+    prompt_key: str = "prompt"
+    """Column of the prompt."""
+    response_key: str = "response"
+    """Column of the answer."""
+    label_key: str = "label"
+    """Column of the label: 1 or true for a good answer, 0 or false for a bad one."""
+    template: str = "plain"
+    """"r1-zero", "plain", or a text that contains `{prompt}`: what the answers follow."""
+    shuffle: bool = True
+    """Draw rows in a new order each epoch."""
+
+    @model_validator(mode="after")
+    def _template(self) -> LabelsConfig:
+        check_template(self.template)
+        check_one_origin(self)
+        return self
+
+    @property
+    def columns(self) -> dict[str, str]:
+        """Setting -> the column that it names and a file must have."""
+        return {"prompt_key": self.prompt_key, "response_key": self.response_key, "label_key": self.label_key}
 
 
 class ConversationsConfig(Table):
@@ -121,10 +175,12 @@ class ConversationsConfig(Table):
 
     table: ClassVar[str] = "data"
 
-    source: Literal["jsonl", "parquet", "datasets"]
+    source: Literal["jsonl", "parquet", "datasets"] = "jsonl"
     """jsonl: a file; parquet: a file or a folder of them; datasets: a Hugging Face `datasets` folder or local files."""
-    path: Path
+    path: Path | None = None
     """The file or folder."""
+    stage: str | None = None
+    """Instead of `path`: the stage of this recipe whose data.jsonl to read (kinds "sample" and "mix")."""
     options: dict[str, Any] = Field(default_factory=dict)
     """datasets only: {split = "train"}, where a saved dataset has several."""
     size: PositiveInt | None = None
@@ -146,6 +202,7 @@ class ConversationsConfig(Table):
 
     @model_validator(mode="after")
     def _options(self) -> ConversationsConfig:
+        check_one_origin(self)
         unknown = sorted(set(self.options) - ({"split"} if self.source == "datasets" else set()))
         if unknown:
             allowed = "split" if self.source == "datasets" else "none"
@@ -158,7 +215,20 @@ class ConversationsConfig(Table):
         return {"prompt_key": self.prompt_key, "response_key": self.response_key}
 
 
-FileConfig = PromptsConfig | PairsConfig | ConversationsConfig
+class MixSource(ConversationsConfig):
+    """`[[stage.sources]]`: one source of a mix."""
+
+    table: ClassVar[str] = "sources"
+
+    weight: PositiveFloat = 1.0
+    """Its share of the stage's `size`."""
+    cap: PositiveInt | None = None
+    """Most rows of it."""
+    domain: str = Field(default="general", pattern=r"^[a-z0-9][a-z0-9_-]*$")
+    """What its rows are counted as in the dataset card, where a row has no column "domain" of its own."""
+
+
+FileConfig = PromptsConfig | PairsConfig | LabelsConfig | ConversationsConfig
 """Tables that may name a file of rows."""
 
 
@@ -180,35 +250,7 @@ class CorpusConfig(Table):
     guess_accuracy: float = Field(default=0.5, ge=0, le=1)
     """Chance that a document that only guesses is right."""
     share: PositiveFloat = 1.0
-    """Share of the stage's steps spent on this corpus; corpora are visited in order."""
+    """Share of the stage's steps spent on this corpus, as corpora are visited in order; with `interleave`, share of the
+    documents."""
     seed: int = 0
     """Seed of the documents."""
-
-
-class RewardConfig(Table):
-    """`[[stage.reward]]`: one term of the reward; the total is their weighted sum."""
-
-    kind: Literal["accuracy", "format", "language"]
-    """accuracy: 1 if the verifier says correct, else 0. format: 1 if the completion is `<think>..</think>
-    <answer>..</answer>` and nothing else. language: share of the words of the chain of thought that are of the target
-    language (R1's first RL stage), told by their script; a thought without words counts 1."""
-    weight: float = 1.0
-    """Factor of this term. The paper gives both rule rewards the same weight."""
-    deadline: PositiveFloat = 1.0
-    """accuracy: seconds a verifier may take before its verdict is `unknown`."""
-    unknown: float = 0.0
-    """accuracy: reward of an `unknown` verdict; it is counted apart from wrong answers whatever this is."""
-    default_language: str = DEFAULT_LANGUAGE
-    """language: target of prompts whose language neither a column nor the words of the question tell. Languages of one
-    script are not told apart: with the target "de" an English thought counts as one in German."""
-    han_per_word: PositiveFloat = HAN_PER_WORD
-    """language: Chinese characters that count as one word (the paper does not say how words are counted)."""
-
-    @model_validator(mode="after")
-    def _language(self) -> RewardConfig:
-        check_language(self.default_language)
-        if self.kind != "language":
-            for key in ("default_language", "han_per_word"):
-                if getattr(self, key) != type(self).model_fields[key].default:
-                    raise ValueError(f'{key} is for kind = "language"; this reward is "{self.kind}"; remove it')
-        return self

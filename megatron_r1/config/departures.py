@@ -1,8 +1,9 @@
 """In what a run departs from the DeepSeek-R1 paper; printed at the start of every run.
 
 The paper's values are those of R1-Zero (arXiv 2501.12948, training details of R1-Zero; evaluation set-up of the same
-paper), and for `sft` stages those of R1's two fine-tunings or, where the model is one of the paper's students, of its
-distillation (v2, appendix B.4.2 and B.4.3). Four cells are not stated there and are named so below: the clip range is
+paper), those of R1's second RL stage for `grpo` stages with a reward model (v2, section 3.2.2), and for `sft` stages
+those of R1's two fine-tunings or, where `student` or the model is one of the paper's students, of its distillation
+(v2, appendix B.4.2 and B.4.3). Four cells are not stated there and are named so below: the clip range is
 that of R1's first RL stage, the token-wise aggregation is DeepSeekMath's (arXiv 2402.03300 eq. 3), the precision is
 that in which DeepSeek-V3 was trained (arXiv 2412.19437, section 3.3), the standard deviation's kind is open and so is
 never a departure.
@@ -17,8 +18,9 @@ from typing import Any
 
 from pydantic import BaseModel
 
-from megatron_r1.config.optim import SamplingConfig
-from megatron_r1.config.run import EvalStage, GrpoStage, RunConfig, SftStage
+from megatron_r1.config.optim import STUDENTS, SamplingConfig, Student
+from megatron_r1.config.run import RunConfig
+from megatron_r1.config.stages import BenchmarkConfig, EvalStage, GrpoStage, SftStage
 
 PAPER_GRPO: dict[str, tuple[Any, str]] = {
     "optimizer.lr": (3e-6, "R1-Zero's learning rate; the optimum grows as models shrink"),
@@ -65,9 +67,20 @@ PAPER_SFT: dict[str, tuple[Any, str]] = {
     "batch": (128, "both fine-tunings of DeepSeek-V3-Base; distillation: 64"),
     "max_length": (32768, "the context of fine-tuning and distillation"),
 }
-PAPER_STUDENTS = {"qwen2.5-1.5b": 1e-4, "qwen2.5-7b": 8e-5, "qwen2.5-32b": 6e-5, "llama-3.1-8b": 5e-5}
-"""Preset of a distilled student -> its initial learning rate."""
+PRESET_STUDENTS: dict[str, Student] = {
+    "qwen2.5-math-1.5b": "qwen-1.5b",
+    "qwen2.5-1.5b": "qwen-1.5b",
+    "qwen2.5-math-7b": "qwen-7b",
+    "qwen2.5-7b": "qwen-7b",
+    "qwen2.5-14b": "qwen-14b",
+    "qwen2.5-32b": "qwen-32b",
+    "llama-3.1-8b": "llama-8b",
+    "llama-3.3-70b": "llama-70b",
+}
+"""Preset -> the paper's student of that size, for stages that do not name one; the paper's two smallest are the math
+models."""
 PAPER_EPOCHS = (2, 3)
+PAPER_PREFERENCE_STEPS = 400
 PAPER_PRECISION = ("fp8-blockwise", "DeepSeek-V3's, with bf16; none is stated for the RL")
 PAPER_EVAL: dict[str, tuple[Any, str]] = {
     "sampling.temperature": (0.6, "the paper's evaluation set-up"),
@@ -100,7 +113,7 @@ class Departure:
 
 def departures(config: RunConfig) -> list[Departure]:
     """Every key of the GRPO, SFT and evaluation stages that departs from the paper, in the
-    order of the stages, after the precision that they share.
+    order of the stages, after the precision that they share and before the benchmarks.
     """
     found: list[Departure] = []
     paper, why = PAPER_PRECISION
@@ -108,16 +121,19 @@ def departures(config: RunConfig) -> list[Departure]:
         found.append(Departure(key="model.precision", paper=paper, here=config.model.precision, why=why))
     for stage in config.stage:
         if isinstance(stage, GrpoStage):
-            found += _compare(stage, PAPER_GRPO, skip=_silent(stage))
+            found += _compare(stage, _reinforcement(stage), skip=_silent(stage))
             found += _mask_limits(stage)
             found += _rewards(stage)
             found += _stop(stage)
         elif isinstance(stage, SftStage):
-            found += _compare(stage, _fine_tuning(config.model.preset), skip=())
+            found += _compare(stage, _fine_tuning(stage, config.model_of(stage).preset), skip=())
             found += _floor_and_epochs(stage)
         elif isinstance(stage, EvalStage):
             found += _stop(stage)
             found += _compare(stage, PAPER_EVAL, skip=())
+    for benchmark in config.benchmark:
+        found += _stop(benchmark)
+        found += _compare(benchmark, PAPER_EVAL, skip=())
     return found
 
 
@@ -129,42 +145,62 @@ def _silent(stage: GrpoStage) -> tuple[str, ...]:
     return () if loss.kl_coefficient > 0 else NEEDS_KL
 
 
+def _place(stage: GrpoStage | SftStage | EvalStage | BenchmarkConfig) -> str:
+    return f"{'benchmark' if isinstance(stage, BenchmarkConfig) else 'stage'}.{stage.name}"
+
+
 def _compare(
-    stage: GrpoStage | SftStage | EvalStage, paper: dict[str, tuple[Any, str]], skip: Iterable[str]
+    stage: GrpoStage | SftStage | EvalStage | BenchmarkConfig, paper: dict[str, tuple[Any, str]], skip: Iterable[str]
 ) -> Iterator[Departure]:
     for key, (value, why) in paper.items():
-        here: Any = stage
-        *tables, last = key.split(".")
-        for table in tables:
-            here = getattr(here, table)
-        given = getattr(here, last)
-        if key in skip or given == value:
-            continue
-        spelled = ".".join([*tables, SPELLED.get(last, last)])
-        yield Departure(key=f"stage.{stage.name}.{spelled}", paper=_spell(value), here=_spell(given), why=why)
+        for spelled, given in _values(stage, key):
+            if key not in skip and given != value:
+                yield Departure(key=f"{_place(stage)}.{spelled}", paper=_spell(value), here=_spell(given), why=why)
 
 
-def _stop(stage: GrpoStage | EvalStage) -> Iterator[Departure]:
+def _values(stage: GrpoStage | SftStage | EvalStage | BenchmarkConfig, key: str) -> list[tuple[str, Any]]:
+    """(key as the file spells it, value): one, or one for each table of an array of several."""
+    *names, last = key.split(".")
+    found: list[tuple[str, Any]] = [("", stage)]
+    for name in names:
+        inner = [(f"{spelled}{name}.", getattr(table, name)) for spelled, table in found]
+        found = []
+        for spelled, value in inner:
+            tables = value if isinstance(value, list) else [value]
+            numbered = [f"{spelled}{i}." for i in range(len(tables))] if len(tables) > 1 else [spelled]
+            found += zip(numbered, tables, strict=True)
+    return [(f"{spelled}{SPELLED.get(last, last)}", getattr(table, last)) for spelled, table in found]
+
+
+def _stop(stage: GrpoStage | EvalStage | BenchmarkConfig) -> Iterator[Departure]:
     sampling: SamplingConfig = stage.sampling
     if sampling.stop:
         why = "only the end-of-sequence token ends a completion"
         yield Departure(
-            key=f"stage.{stage.name}.sampling.stop",
+            key=f"{_place(stage)}.sampling.stop",
             paper="none",
             here=_spell(sampling.stop),
             why=why,
         )
 
 
-def _fine_tuning(preset: str | None) -> dict[str, tuple[Any, str]]:
-    """The paper's values for this model: those of distillation where it is one of the students."""
-    if preset not in PAPER_STUDENTS:
+def _reinforcement(stage: GrpoStage) -> dict[str, tuple[Any, str]]:
+    """The paper's values for this stage: with a reward model it is R1's second one."""
+    if not any(reward.kind == "model" for reward in stage.reward):
+        return PAPER_GRPO
+    return PAPER_GRPO | {"sampling.temperature": (0.7, "R1's second RL stage: higher ones gave incoherent text")}
+
+
+def _fine_tuning(stage: SftStage, preset: str | None) -> dict[str, tuple[Any, str]]:
+    """The paper's values for this stage: those of distillation where it trains one of the students."""
+    student = stage.student or PRESET_STUDENTS.get(preset or "")
+    if student is None:
         return PAPER_SFT
-    student = {
-        "optimizer.lr": (PAPER_STUDENTS[preset], "of this student in distillation"),
+    distillation = {
+        "optimizer.lr": (STUDENTS[student], f"of the student {student} in distillation"),
         "batch": (64, "distillation"),
     }
-    return PAPER_SFT | student
+    return PAPER_SFT | distillation
 
 
 def _floor_and_epochs(stage: SftStage) -> Iterator[Departure]:
@@ -193,12 +229,25 @@ def _mask_limits(stage: GrpoStage) -> Iterator[Departure]:
 
 def _rewards(stage: GrpoStage) -> Iterator[Departure]:
     """The paper: R = R_accuracy + R_format; in R1's first RL stage R_language is added to the rule rewards, of which
-    its first version names the accuracy alone. All of equal weight; only the proportion of the weights matters.
+    its first version names the accuracy alone; in its second all three, and one reward model a general prompt in the
+    last 400 steps. All of equal weight; only the proportion of the weights matters.
     """
     weights: dict[str, float] = {}
+    models = [reward for reward in stage.reward if reward.kind == "model"]
     for reward in stage.reward:
-        weights[reward.kind] = weights.get(reward.kind, 0.0) + reward.weight
-    paper = ("accuracy", "language") if "language" in weights else ("accuracy", "format")
+        others = 0.0 if reward.kind == "model" else weights.get(reward.kind, 0.0)  # no prompt has two reward models
+        weights[reward.kind] = others + reward.weight
+    paper: tuple[str, ...] = ("accuracy", "language") if "language" in weights else ("accuracy", "format")
+    if models:
+        paper = ("accuracy", "format", "language", "model")
+    for reward in models:
+        if reward.last_steps != PAPER_PREFERENCE_STEPS:
+            yield Departure(
+                key=f"stage.{stage.name}.reward.{reward.label}.last_steps",
+                paper=_spell(PAPER_PREFERENCE_STEPS),
+                here=_spell(reward.last_steps),
+                why="of 1,700: with more steps the policy learns to please the reward model",
+            )
     known = set(weights) in (set(paper), {*paper, "format"})
     if not known or len(set(weights.values())) != 1 or min(weights.values()) <= 0:
         yield Departure(

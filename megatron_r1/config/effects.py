@@ -12,36 +12,42 @@ from typing import Any
 from megatron_r1.config.errors import UserError
 from megatron_r1.config.grpo import GrpoConfig
 from megatron_r1.config.model import ModelConfig
-from megatron_r1.config.run import GrpoStage, PretrainStage, RunConfig, SftStage
+from megatron_r1.config.run import RunConfig
+from megatron_r1.config.stages import GrpoStage, PretrainStage, SftStage
 from megatron_r1.config.validate import EXPERT_COUNTS
 
 _DENSE = f"this architecture is dense (no {EXPERT_COUNTS[0]})"
 
 
-def check_effects(config: RunConfig, architecture: Mapping[str, Any]) -> None:
+def check_effects(config: RunConfig, architectures: Mapping[str | None, Mapping[str, Any]]) -> None:
     """Refuse keys that ask for what is not there.
 
     Only values other than the default are judged: a resolved recipe spells all of them.
 
     Args:
         config: the recipe.
-        architecture: the keys of a Hugging Face config.json.
+        architectures: name of a model (None: `[model]`) -> the keys of its Hugging Face config.json.
 
     Raises:
         UserError: one line per key, with its value, the reason and the cure.
     """
     problems: list[str] = []
-    if config.model.mtp and not architecture.get("num_nextn_predict_layers"):
-        problems.append(f"model.mtp = true: {_no_mtp(config.model, architecture)}; remove it")
+    for name, architecture in architectures.items():
+        model = config.model if name is None else config.models[name]
+        if model.mtp and not architecture.get("num_nextn_predict_layers"):
+            table = "model" if name is None else f"models.{name}"
+            problems.append(f"{table}.mtp = true: {_no_mtp(model, architecture)}; remove it")
     for stage in config.stage:
+        model, architecture = config.model_of(stage), architectures[stage.model]
         if isinstance(stage, (PretrainStage, SftStage)):
-            problems += _default_mtp_loss(stage, config.model, architecture)
+            problems += _default_mtp_loss(stage, model, architecture)
         if isinstance(stage, SftStage):
             problems += [f"stage.{stage.name}.{line}" for line in _expert_bias("expert_bias", stage, architecture)]
         elif isinstance(stage, GrpoStage):
-            problems += [f"stage.{stage.name}.{line}" for line in _mtp_loss(stage, config.model, architecture)]
-            problems += [f"stage.{stage.name}.{line}" for line in _experts(stage, config.model, architecture)]
-            problems += _dropout(stage, config.model)
+            problems += [f"stage.{stage.name}.{line}" for line in _mtp_loss(stage, model, architecture)]
+            problems += [f"stage.{stage.name}.{line}" for line in _experts(stage, model, architecture)]
+            problems += _dropout(stage, model)
+            problems += _watch(stage)
     if problems:
         raise UserError("\n  ".join(problems))
 
@@ -101,6 +107,19 @@ def _expert_bias(key: str, table: GrpoConfig | SftStage, architecture: Mapping[s
 
 def _has_experts(architecture: Mapping[str, Any]) -> bool:
     return any(architecture.get(key) for key in EXPERT_COUNTS)
+
+
+def _watch(stage: GrpoStage) -> Iterator[str]:
+    given = sorted(key for key in stage.watch.model_fields_set if getattr(stage.watch, key) != _default(stage, key))
+    if given and not any(reward.kind == "model" for reward in stage.reward):
+        yield (
+            f"stage.{stage.name}.watch.{given[0]} = {getattr(stage.watch, given[0]):g} without effect: no reward of "
+            "the stage is a model; remove it"
+        )
+
+
+def _default(stage: GrpoStage, key: str) -> Any:
+    return type(stage.watch).model_fields[key].default
 
 
 def _dropout(stage: GrpoStage, model: ModelConfig) -> Iterator[str]:

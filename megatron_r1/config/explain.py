@@ -54,11 +54,13 @@ def explain(error: ValidationError, root: type[BaseModel], raw: Mapping[str, Any
 
 def key_name(location: Location, raw: Mapping[str, Any]) -> str:
     """A location as the user would address it: a list element by its `name` where it has one, else
-    by its index.
+    by its index, and not at all where the user wrote one table instead of a list.
     """
     parts: list[str] = []
     node: Any = raw
     for part in location:
+        if part == 0 and isinstance(node, dict):
+            continue
         try:
             node = node[part]
         except (KeyError, IndexError, TypeError):

@@ -275,3 +275,15 @@ class GrpoConfig(Table):
                     'or a limit with action = "mask", or remove it'
                 )
         return self
+
+
+class RewardWatchConfig(Table):
+    """`[stage.watch]`: reward hacking shows as a reward model's score that rises while the accuracy of the rule-judged
+    prompts falls (DeepSeek-R1 v2, appendix B.5). It warns and draws both."""
+
+    window: PositiveInt = 20
+    """Phases that two means are taken over: the last so many, against the first so many with that reward model."""
+    rise: NonNegativeFloat = 0.1
+    """Rise of a reward model's mean value, in its standard deviations over the first window, that counts."""
+    fall: NonNegativeFloat = 0.02
+    """Fall of the accuracy that counts."""

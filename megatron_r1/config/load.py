@@ -18,6 +18,7 @@ from pydantic import BaseModel, ValidationError
 
 from megatron_r1.config.errors import UserError
 from megatron_r1.config.explain import explain, key_name, nearest
+from megatron_r1.config.judges import JudgeConfig, RewriteConfig
 from megatron_r1.config.overrides import Location, OverrideError, apply_override
 from megatron_r1.config.reference import describe
 from megatron_r1.config.run import RunConfig
@@ -111,17 +112,30 @@ def _lines(path: Path, raw: Mapping[str, Any], overridden: list[Location], error
 
 
 def _from_command_line(location: Location, overridden: list[Location]) -> bool:
-    return any(location[: len(given)] == given for given in overridden)
+    here = _without_first(location)
+    return any(here[: len(given)] == given for given in map(_without_first, overridden))
+
+
+def _without_first(location: Location) -> Location:
+    """Without the index of the first prompt source, which may be written as one table."""
+    pairs = zip((None, *location), location, strict=False)
+    return tuple(part for before, part in pairs if not (before == "prompts" and part == 0))
 
 
 def _absolute(table: Any, location: Location, base: Path, overridden: list[Location]) -> Any:
-    """The same tables with every Path made absolute."""
+    """The same tables with every Path made absolute, and the file of a function too."""
     if isinstance(table, BaseModel):
         changed = {
             name: _absolute(getattr(table, name), (*location, name), base, overridden)
             for name in type(table).model_fields
         }
+        if isinstance(table, JudgeConfig | RewriteConfig) and table.call is not None:
+            place, _, function = table.call.rpartition(":")
+            if place.endswith(".py"):
+                changed["call"] = f"{_anchor(Path(place), (*location, 'call'), base, overridden)}:{function}"
         return table.model_copy(update=changed)
+    if isinstance(table, dict) and all(isinstance(item, BaseModel) for item in table.values()):
+        return {name: _absolute(item, (*location, name), base, overridden) for name, item in table.items()}
     if isinstance(table, list):
         return [_absolute(item, (*location, i), base, overridden) for i, item in enumerate(table)]
     if isinstance(table, Path):
@@ -135,26 +149,46 @@ def _anchor(path: Path, location: Location, base: Path, overridden: list[Locatio
 
 
 def _origins(config: RunConfig, path: Path, overridden: list[Location]) -> tuple[RunConfig, list[str]]:
-    """Check each stage's `from`: an earlier stage, or a folder, which becomes absolute."""
+    """Check each place that takes a stage's name or a folder: a stage of the recipe, or a folder, made absolute."""
     problems: list[str] = []
     stages = []
     names = [stage.name for stage in config.stage]
     for i, stage in enumerate(config.stage):
-        location: Location = ("stage", i, "from")
-        source = stage.init_from
-        if source is not None and ("/" in source or source.startswith("~")):
-            folder = _anchor(Path(source), location, path.resolve().parent, overridden)
-            stage = stage.model_copy(update={"init_from": str(folder)})
-        elif source is not None and source not in names[:i]:
-            origin = "command line" if _from_command_line(location, overridden) else path.name
-            earlier = ", ".join(names[:i]) or "none, this is the first stage"
-            problems.append(
-                f"{origin}, stage.{stage.name}.from: {source!r} is no earlier "
-                f"stage{nearest(source, names[:i])} "
-                f'(earlier: {earlier}); a folder is written with a slash: "./{source}"'
-            )
-        stages.append(stage)
+        changed: dict[str, Any] = {}
+        for key, field in (("from", "init_from"), ("teacher", "teacher")):
+            source = getattr(stage, field, None)
+            if source is not None:
+                changed[field] = _origin(source, ("stage", i, key), stage.name, names, path, overridden, problems)
+        rewards = list(getattr(stage, "reward", []))
+        for n, reward in enumerate(rewards):
+            if reward.init_from is not None:
+                location: Location = ("stage", i, "reward", n, "from")
+                found = _origin(reward.init_from, location, stage.name, names, path, overridden, problems)
+                rewards[n] = reward.model_copy(update={"init_from": found})
+        stages.append(stage.model_copy(update=changed | ({"reward": rewards} if rewards else {})))
     return config.model_copy(update={"stage": stages}), problems
+
+
+def _origin(
+    source: str,
+    location: Location,
+    stage: str,
+    names: list[str],
+    path: Path,
+    overridden: list[Location],
+    problems: list[str],
+) -> str:
+    """The stage's name as it is, or the folder, absolute; anything else becomes a problem."""
+    if "/" in source or source.startswith("~"):
+        return str(_anchor(Path(source), location, path.resolve().parent, overridden))
+    if source not in names:
+        origin = "command line" if _from_command_line(location, overridden) else path.name
+        key = ".".join(map(str, location[2:]))
+        problems.append(
+            f"{origin}, stage.{stage}.{key}: {source!r} is no stage{nearest(source, names)} (stages: "
+            f'{", ".join(names)}); a folder is written with a slash: "./{source}"'
+        )
+    return source
 
 
 def _plain(value: Any) -> Any:

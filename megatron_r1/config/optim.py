@@ -43,6 +43,18 @@ class OptimizerConfig(Table):
         return self
 
 
+Student = Literal["qwen-1.5b", "qwen-7b", "qwen-14b", "qwen-32b", "llama-8b", "llama-70b"]
+STUDENTS: dict[str, float] = {
+    "qwen-1.5b": 1e-4,
+    "qwen-7b": 8e-5,
+    "qwen-14b": 7e-5,
+    "qwen-32b": 6e-5,
+    "llama-8b": 5e-5,
+    "llama-70b": 2e-5,
+}
+"""The paper's distilled students and their initial learning rates (DeepSeek-R1 v2, appendix B.4.3)."""
+
+
 class SftOptimizerConfig(OptimizerConfig):
     """Adam of supervised fine-tuning; a key left out keeps the paper's value."""
 

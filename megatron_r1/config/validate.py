@@ -91,6 +91,32 @@ def check_world(parallel: ParallelConfig, world_size: int) -> None:
         raise UserError("\n  ".join([f"[parallel] does not fit {world_size} process(es):", *problems]))
 
 
+def check_teacher(stage: str, student: Mapping[str, Any], teacher: Mapping[str, Any]) -> None:
+    """Refuse a teacher that has no probability for some token or place that the student can sample.
+
+    Args:
+        stage: name of the `distill` stage.
+        student: the keys of the student's config.json.
+        teacher: those of the teacher's.
+
+    Raises:
+        UserError: one line per key, with both numbers and the cure.
+    """
+    cures = {
+        "vocab_size": "both must come from the family of the run's one tokenizer, the teacher with as many rows at "
+        "least; take another teacher",
+        "max_position_embeddings": "the student's samples may be longer than what the teacher has seen; set the "
+        "student's model.override.max_position_embeddings, or take another teacher",
+    }
+    problems = [
+        f"stage.{stage}.teacher: its {key} is {teacher.get(key)}, below the student's {student.get(key)}: {cure}"
+        for key, cure in cures.items()
+        if (teacher.get(key) or 0) < (student.get(key) or 0)
+    ]
+    if problems:
+        raise UserError("\n  ".join(problems))
+
+
 def _shape(architecture: Mapping[str, Any]) -> _Shape:
     heads = _number(architecture, "num_attention_heads")
     experts_only = architecture.get("model_type") == "qwen3_moe"  # no layer is dense

@@ -8,13 +8,14 @@ question, is too long, or cannot be written.
 from __future__ import annotations
 
 from array import array
+from collections.abc import Mapping
 from functools import partial
 from itertools import islice
 from typing import Any
 
 from megatron_r1.config.data import ConversationsConfig
 from megatron_r1.config.errors import UserError
-from megatron_r1.config.run import SftStage
+from megatron_r1.config.stages import SftStage
 from megatron_r1.data.chat import build_format, encode_conversation
 from megatron_r1.data.cursor import PromptCursor
 from megatron_r1.data.files import BadRows, DatasetRows, JsonLines, Rows, TableRows, require_file
@@ -45,7 +46,7 @@ class Conversations:
             good = (index for index in range(len(self._rows)) if self.bad.passes(partial(self._check, index)))
             self._good = array("Q", islice(good, config.size))
         if not self._good:
-            raise UserError(f"data.path: {path} holds no conversation; supervised fine-tuning needs one at least")
+            raise UserError(f"{config.table}.path: {path} holds no conversation; one is needed at least")
 
     def __len__(self) -> int:
         return len(self._good)
@@ -57,6 +58,10 @@ class Conversations:
         where = self._rows.where(row)
         messages = read_messages(self._rows[row], self._config, where)
         return Conversation(id=f"{self.name}:{row}", where=where, messages=messages)
+
+    def row(self, index: int) -> Mapping[str, Any]:
+        """All columns of that row."""
+        return self._rows[self._good[index]]
 
     def _check(self, row: int) -> None:
         check_row(self._rows[row], self._config, self._rows.where(row))

@@ -15,8 +15,9 @@ from typing import Any, NamedTuple
 
 from megatron_r1.config.data import CorpusConfig
 from megatron_r1.config.errors import UserError
-from megatron_r1.data.generators import Problem, Task, build_task, keyed_random
+from megatron_r1.data.generators import build_task, keyed_random
 from megatron_r1.data.heldout import question_hash
+from megatron_r1.data.tasks import Problem, Task
 from megatron_r1.data.wording import WORDINGS, thought_in
 
 MAX_EXCLUDED_RUN = 10_000

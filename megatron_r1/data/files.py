@@ -1,7 +1,7 @@
 """Readers of a user's files: rows by index (JSON lines, parquet, `datasets`) or streamed in order.
 
-Below `data/prompts.py`, `data/preference_pairs.py` and `data/conversations.py`, which turn rows into what they are
-called after. Everything is local: nothing here asks a network.
+Below `data/prompts.py`, `data/reward_rows.py` and `data/conversations.py`, which turn rows into what they are called
+after. Everything is local: nothing here asks a network.
 """
 
 from __future__ import annotations
@@ -88,24 +88,29 @@ class JsonLines:
     def __getitem__(self, index: int) -> Mapping[str, Any]:
         with self.path.open("rb") as file:
             file.seek(self._offsets[index])
-            return self._parse(file.readline(), self.where(index))
+            return parse_line(file.readline(), self.where(index))
 
     def where(self, index: int) -> str:
         """file:line of a row."""
         return f"{self.path}:{self._lines[index]}"
 
     def _check(self, line: bytes, config: FileConfig, where: str) -> None:
-        check_row(self._parse(line, where), config, where)
+        check_row(parse_line(line, where), config, where)
 
-    @staticmethod
-    def _parse(line: bytes, where: str) -> Mapping[str, Any]:
-        try:
-            row = json.loads(line.decode("utf-8-sig"))
-        except ValueError as error:  # json's and unicode's errors are both ValueErrors
-            raise UserError(f"{where}: not valid JSON ({error}); write one object per line, in UTF-8") from error
-        if not isinstance(row, dict):
-            raise UserError(f"{where}: a JSON {type(row).__name__}; each line must be an object {{...}}")
-        return row
+
+def parse_line(line: bytes, where: str) -> Mapping[str, Any]:
+    """The object of one line of a JSON-lines file.
+
+    Raises:
+        UserError: it is none, in UTF-8.
+    """
+    try:
+        row = json.loads(line.decode("utf-8-sig"))
+    except ValueError as error:  # json's and unicode's errors are both ValueErrors
+        raise UserError(f"{where}: not valid JSON ({error}); write one object per line, in UTF-8") from error
+    if not isinstance(row, dict):
+        raise UserError(f"{where}: a JSON {type(row).__name__}; each line must be an object {{...}}")
+    return row
 
 
 class TableRows:

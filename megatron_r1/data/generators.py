@@ -2,7 +2,7 @@
 
 Prompt sources take their questions from here, and the pre-training corpus (`data/corpus.py`) also
 takes worked solutions. Problem i of a seed is a pure function of (task, seed, i). A further task
-is one class and one line in `TASKS`.
+(`data/tasks.py` says what it must do) is one class and one line in `TASKS`.
 """
 
 from __future__ import annotations
@@ -10,45 +10,15 @@ from __future__ import annotations
 import hashlib
 import random
 from collections.abc import Mapping
-from typing import Any, NamedTuple, Protocol
+from typing import Any
 
 from megatron_r1.config.errors import UserError
+from megatron_r1.data.requests import Requests
+from megatron_r1.data.tasks import Problem, Task, check_options, integer_range
 from megatron_r1.data.wording import Languages, question_in
 
 CHAIN_SLIPS = (-10, -2, -1, 1, 2, 10)
 """How far a wrong step lands from the right number: a miscount or a lost carry."""
-
-
-class Problem(NamedTuple):
-    """A question with its answer; `metadata` holds what it was made from."""
-
-    question: str
-    answer: str
-    metadata: dict[str, Any]
-
-
-class Task(Protocol):
-    """What a procedural task must do."""
-
-    name: str  # its key in TASKS
-    verifier: str  # of its answers
-    languages: Languages | None  # of its questions and their working; None: without words
-
-    def draw(self, rng: random.Random) -> Problem:
-        """A problem made from these random numbers."""
-        ...
-
-    def work(self, problem: Problem, rng: random.Random, error_rate: float, backwards: bool) -> tuple[str, str]:
-        """(steps, the answer they end in).
-
-        A step goes wrong with chance `error_rate`, and what follows builds on it. `backwards`
-        works through the parts in the opposite order, as a re-check does.
-        """
-        ...
-
-    def near_miss(self, problem: Problem, rng: random.Random) -> str:
-        """A wrong answer of the kind a guess gives."""
-        ...
 
 
 class ChainSum:
@@ -64,9 +34,9 @@ class ChainSum:
     verifier = "integer"
 
     def __init__(self, options: Mapping[str, Any]) -> None:
-        _check_options(self.name, options, ("terms", "digits", "allow_negation", "languages"))
-        self.terms = _integer_range(self.name, options, "terms", default=6, least=2)
-        self.digits = _integer_range(self.name, options, "digits", default=1, least=1)
+        check_options(self.name, options, ("terms", "digits", "allow_negation", "languages"))
+        self.terms = integer_range(self.name, options, "terms", default=6, least=2)
+        self.digits = integer_range(self.name, options, "digits", default=1, least=1)
         self.allow_negation = options.get("allow_negation", True)
         if not isinstance(self.allow_negation, bool):
             raise UserError(f"task chain_sum: allow_negation = {self.allow_negation!r}; allowed are true and false")
@@ -117,9 +87,9 @@ class CountLetters:
     verifier = "integer"
 
     def __init__(self, options: Mapping[str, Any]) -> None:
-        _check_options(self.name, options, ("length", "letters"))
-        self.length = _integer_range(self.name, options, "length", default=8, least=1)
-        letters, most = _integer_range(self.name, options, "letters", default=3, least=2)
+        check_options(self.name, options, ("length", "letters"))
+        self.length = integer_range(self.name, options, "length", default=8, least=1)
+        letters, most = integer_range(self.name, options, "letters", default=3, least=2)
         if letters != most or letters > 26:
             raise UserError(
                 f"task count_letters: letters = {options['letters']!r}; allowed is one integer from 2 to 26"
@@ -153,9 +123,10 @@ class CountLetters:
         return str(count + 1 if count == 0 else count + rng.choice((-1, 1)))
 
 
-TASKS: dict[str, type[ChainSum] | type[CountLetters]] = {
+TASKS: dict[str, type[ChainSum] | type[CountLetters] | type[Requests]] = {
     ChainSum.name: ChainSum,
     CountLetters.name: CountLetters,
+    Requests.name: Requests,
 }
 
 
@@ -183,20 +154,3 @@ def keyed_random(*key: str | int) -> random.Random:
 
 def _signed(number: int) -> str:
     return f"{number:+d}"
-
-
-def _check_options(task: str, options: Mapping[str, Any], allowed: tuple[str, ...]) -> None:
-    unknown = [key for key in options if key not in allowed]
-    if unknown:
-        raise UserError(f"task {task}: unknown option {', '.join(unknown)}; allowed are {', '.join(allowed)}")
-
-
-def _integer_range(task: str, options: Mapping[str, Any], key: str, default: int, least: int) -> tuple[int, int]:
-    """(lowest, highest) of an option given as n or [low, high]."""
-    given = options.get(key, default)
-    pair = list(given) if isinstance(given, list | tuple) else [given, given]
-    if len(pair) != 2 or any(type(value) is not int for value in pair) or not least <= pair[0] <= pair[1]:
-        raise UserError(
-            f"task {task}: {key} = {given!r}; allowed are an integer from {least} on or [lowest, highest] of such"
-        )
-    return pair[0], pair[1]

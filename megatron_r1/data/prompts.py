@@ -98,6 +98,7 @@ class PromptMaker:
 
     def __init__(self, config: PromptsConfig, tokenizer: Tokenizer) -> None:
         self.template = config.template
+        self.domain = config.domain
         self.tokenizer = tokenizer
 
     def __call__(
@@ -130,6 +131,7 @@ class PromptMaker:
             verifier=verifier,
             metadata=metadata,
             language=language,
+            domain=self.domain,
         )
 
 

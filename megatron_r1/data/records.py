@@ -1,7 +1,7 @@
-"""One row of a user's file -> question and reference answer; the two answers of a pair; the messages of a conversation.
+"""One row of a user's file -> question and reference answer; the answers of a pair, or a labelled one; messages.
 
 Between the readers (`data/files.py`) and what is made of rows (`data/prompts.py`, `data/preference_pairs.py`,
-`data/conversations.py`).
+`data/labelled_answers.py`, `data/conversations.py`).
 GSM8K's own layout, whose answer is a worked solution that ends in "#### 1,080", is read as it is published.
 """
 
@@ -11,7 +11,7 @@ import math
 from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple, get_args
 
-from megatron_r1.config.data import ConversationsConfig, FileConfig, PairsConfig, PromptsConfig
+from megatron_r1.config.data import ConversationsConfig, FileConfig, LabelsConfig, PairsConfig, PromptsConfig
 from megatron_r1.config.errors import UserError
 from megatron_r1.config.languages import LANGUAGES, language_code
 from megatron_r1.types import Message, Role
@@ -36,6 +36,14 @@ class Preference(NamedTuple):
     rejected: str
 
 
+class Label(NamedTuple):
+    """What a row of a file of labelled answers says."""
+
+    prompt: str
+    response: str
+    good: bool
+
+
 def read_preference(row: Mapping[str, Any], config: PairsConfig, where: str) -> Preference:
     """The prompt and the two answers of a row.
 
@@ -57,10 +65,32 @@ def read_preference(row: Mapping[str, Any], config: PairsConfig, where: str) -> 
     return pair
 
 
+def read_label(row: Mapping[str, Any], config: LabelsConfig, where: str) -> Label:
+    """The prompt, the answer and the label of a row.
+
+    Raises:
+        UserError: a missing column, a prompt or answer that is no text or empty, a label that is none of 0, 1, false,
+            true.
+    """
+    check_columns(row, config, where)
+    for key in (config.prompt_key, config.response_key):
+        if not isinstance(row[key], str) or not row[key].strip():
+            raise UserError(f"{where}: column {key!r} holds {row[key]!r}; prompt and answer are texts, not empty")
+    label = row[config.label_key]
+    if not isinstance(label, int | float) or label not in (0, 1):
+        raise UserError(
+            f"{where}: column {config.label_key!r} holds {label!r}; a label is 1 or true for a good answer, 0 or false "
+            "for a bad one"
+        )
+    return Label(row[config.prompt_key], row[config.response_key], bool(label))
+
+
 def check_row(row: Mapping[str, Any], config: FileConfig, where: str) -> None:
     """Raise UserError when the row is not what the configuration promises."""
     if isinstance(config, PairsConfig):
         read_preference(row, config, where)
+    elif isinstance(config, LabelsConfig):
+        read_label(row, config, where)
     elif isinstance(config, ConversationsConfig):
         read_messages(row, config, where)
     else:

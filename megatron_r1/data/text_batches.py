@@ -1,7 +1,7 @@
 """Pre-training batches: documents of similar length, about `batch_tokens` tokens a global batch.
 
-Documents are read in pools of a fixed number; a pool is sorted by length, cut into batches and the batches shuffled.
-So padding stays small, and (pool start, batches taken) is the whole state.
+Documents are read in pools of a fixed number of tokens; a pool is sorted by length, cut into batches and the batches
+shuffled. So padding stays small, and (pool start, batches taken) is the whole state.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from typing import Any
 
 from megatron_r1.config.data import CorpusConfig
 from megatron_r1.data.corpus import Corpus
+from megatron_r1.data.generators import keyed_random
 from megatron_r1.data.tokenizers import Tokenizer, encode_prompt
 from megatron_r1.types import Sample
 
@@ -18,7 +19,9 @@ _BATCHES_A_POOL = 32
 
 
 class TextBatches:
-    """Endless batches of one stage's corpora, each corpus for its share of the steps, in order."""
+    """Endless batches of one stage's corpora: each corpus for its share of the steps, in order, or, with `interleave`,
+    of documents drawn from all of them by share.
+    """
 
     def __init__(
         self,
@@ -29,12 +32,14 @@ class TextBatches:
         steps: int,
         seed: int,
         exclude: frozenset[str],
+        interleave: bool = False,
     ) -> None:
         self.tokenizer, self.batch_tokens, self.seed = tokenizer, batch_tokens, seed
         self.corpora = [Corpus(config, seed, exclude) for config in corpora]
         total = sum(config.share for config in corpora)
         ends = [sum(config.share for config in corpora[: i + 1]) / total for i in range(len(corpora))]
-        self._last_steps = [round(end * steps) for end in ends]
+        self._shares = [config.share for config in corpora] if interleave else None
+        self._last_steps = [steps] if interleave else [round(end * steps) for end in ends]
         self._which = 0
         self._pool: list[list[Sample]] = []
         self._pool_start = self._pool_state()
@@ -47,7 +52,7 @@ class TextBatches:
 
     def take(self, step: int) -> list[Sample]:
         """The global batch of optimizer step `step`, counted from 0."""
-        which = next((i for i, last in enumerate(self._last_steps) if step < last), len(self.corpora) - 1)
+        which = next((i for i, last in enumerate(self._last_steps) if step < last), len(self._last_steps) - 1)
         if which != self._which:
             self._which, self._pool, self._taken = which, [], 0
         if self._taken == len(self._pool):
@@ -78,12 +83,11 @@ class TextBatches:
 
     def _refill(self) -> None:
         self._pool_start = self._pool_state()
-        corpus = self.corpora[self._which]
-        order = random.Random(f"{self.seed} {self._which} {corpus.position}")
+        order = random.Random(f"{self.seed} {self._which} {self.corpora[self._which].position}")
         samples: list[Sample] = []
         tokens = 0
         while tokens < _BATCHES_A_POOL * self.batch_tokens:
-            samples.append(self._sample(corpus))
+            samples.append(self._sample(self._next_corpus()))
             tokens += len(samples[-1].token_ids)
         samples.sort(key=lambda sample: len(sample.token_ids))
         self._pool, batch, filled = [], [], 0
@@ -99,6 +103,13 @@ class TextBatches:
             self._pool.append(batch)
         order.shuffle(self._pool)
         self._taken = 0
+
+    def _next_corpus(self) -> Corpus:
+        """That of the next document; which one depends only on how many were read of all."""
+        if self._shares is None:
+            return self.corpora[self._which]
+        read = sum(corpus.position for corpus in self.corpora)
+        return keyed_random("interleave", self.seed, read).choices(self.corpora, self._shares)[0]
 
     def _sample(self, corpus: Corpus) -> Sample:
         document = next(corpus)

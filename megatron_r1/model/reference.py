@@ -33,7 +33,7 @@ class Reference:
         return tensor.detach().to(device, copy=True)
 
     def _tensors(self) -> list[torch.Tensor]:
-        return [tensor for model in self.models for tensor in _named_tensors(model).values()]
+        return [tensor for model in self.models for tensor in named_tensors(model).values()]
 
     @torch.no_grad()
     def replace(self, step: int) -> None:
@@ -46,7 +46,7 @@ class Reference:
     def restore(self, states: Sequence[Mapping[str, torch.Tensor]], step: int) -> None:
         """These state dictionaries, one a model, become the reference; their order of keys is of no account."""
         values = [
-            state[name] for model, state in zip(self.models, states, strict=True) for name in _named_tensors(model)
+            state[name] for model, state in zip(self.models, states, strict=True) for name in named_tensors(model)
         ]
         for kept, value in zip(self.weights, values, strict=True):
             if kept.shape != value.shape:  # copy_ would broadcast
@@ -77,7 +77,7 @@ class Reference:
                         tensor.copy_(mine)
 
 
-def _named_tensors(model: torch.nn.Module) -> dict[str, torch.Tensor]:
+def named_tensors(model: torch.nn.Module) -> dict[str, torch.Tensor]:
     """Parameters and persistent buffers by name, not copied."""
     state = model.state_dict(keep_vars=True)
     return {name: value for name, value in state.items() if isinstance(value, torch.Tensor)}

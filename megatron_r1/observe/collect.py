@@ -10,18 +10,22 @@ from __future__ import annotations
 import heapq
 import json
 import math
-import re
-import tomllib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from megatron_r1.config.errors import UserError
 from megatron_r1.observe.axes import Point
 from megatron_r1.observe.charts import Series
+from megatron_r1.observe.evaluations import (
+    EvaluationTable,
+    by_benchmark,
+    closing_rows,
+    evaluation_label,
+    evaluation_table,
+)
+from megatron_r1.observe.lineage import read_config, stage_tables, weights_of_stages
 from megatron_r1.observe.metrics import read_metrics
-from megatron_r1.observe.names import METRICS, Metric, format_value, language_of
 from megatron_r1.observe.rollouts import iterate_rollouts, rollout_files
 from megatron_r1.observe.rundir import Departure, RunDir, StageDir, StageState
 
@@ -35,9 +39,12 @@ Row = dict[str, Any]
 
 @dataclass(kw_only=True, slots=True)
 class Phase:
-    """A rollout phase with its best and worst completions, at most one a prompt in each list."""
+    """A rollout phase, or a benchmark's part of one, with its best and worst completions, at most one a prompt in each
+    list.
+    """
 
     step: int
+    benchmark: str  # "" where none is named
     completions: int
     mean_reward: float
     best: list[Row]
@@ -66,19 +73,12 @@ class Curve:
 
 
 @dataclass(kw_only=True, slots=True)
-class EvaluationTable:
-    """What the eval stages measured, as text."""
-
-    columns: list[str]
-    rows: list[list[str]]
-
-
-@dataclass(kw_only=True, slots=True)
 class RunView:
     """All that the report shows."""
 
     name: str
     stages: list[StageView]
+    closing: list[Row]  # `observe/evaluations.py`
     evaluation: EvaluationTable | None
     departures: list[Departure]
     config_text: str
@@ -90,27 +90,17 @@ def collect(run_dir: Path) -> RunView:
     damaged.
     """
     run = RunDir.open(run_dir)
-    config_text, config = _read_config(run)
+    config_text, config = read_config(run)
     stages = [_stage_view(state, run.stage(state.name)) for state in run.read_stages() or _guess_stages(run)]
     return RunView(
         name=str(config.get("name") or run.path.resolve().name),
         stages=stages,
+        closing=closing_rows(run),
         evaluation=evaluation_table([view.state for view in stages]),
         departures=run.read_departures(),
         config_text=config_text,
         curve=learning_curve(stages, config),
     )
-
-
-def _read_config(run: RunDir) -> tuple[str, dict[str, Any]]:
-    path = run.resolved if run.resolved.exists() else run.recipe
-    if not path.exists():
-        return "", {}
-    text = path.read_text(encoding="utf-8")
-    try:
-        return text, tomllib.loads(text)
-    except tomllib.TOMLDecodeError as error:
-        raise UserError(f"{path}: not TOML ({error}); mend the file or start the run anew") from error
 
 
 def _guess_stages(run: RunDir) -> list[StageState]:
@@ -121,7 +111,7 @@ def _guess_stages(run: RunDir) -> list[StageState]:
 
 def _stage_view(state: StageState, folder: StageDir) -> StageView:
     files = rollout_files(folder.path)
-    phases = [_phase(step, path) for step, path in evenly_spaced(files, PHASES)]
+    phases = [phase for step, path in evenly_spaced(files, PHASES) for phase in _phases(step, path)]
     return StageView(state=state, rows=read_metrics(folder.metrics), phases=phases)
 
 
@@ -134,60 +124,36 @@ def evenly_spaced(items: Sequence[Any], count: int) -> list[Any]:
     return [items[round(i * (len(items) - 1) / (count - 1))] for i in range(count)]
 
 
-def _phase(step: int, path: Path) -> Phase:
-    best: dict[str, Row] = {}  # of each prompt, so that one easy prompt does not fill the list
-    worst: dict[str, Row] = {}
-    count, total = 0, 0.0
+def _phases(step: int, path: Path) -> list[Phase]:
+    parts: dict[str, _Part] = {}
     for row in iterate_rollouts(path):
-        count, total = count + 1, total + row["reward"]
+        parts.setdefault(str(row.get("benchmark", "")), _Part()).add(row)
+    return [part.phase(step, benchmark) for benchmark, part in (parts or {"": _Part()}).items()]
+
+
+class _Part:
+    def __init__(self) -> None:
+        self.best: dict[str, Row] = {}  # of each prompt, so that one easy prompt does not fill the list
+        self.worst: dict[str, Row] = {}
+        self.count, self.total = 0, 0.0
+
+    def add(self, row: Row) -> None:
+        self.count, self.total = self.count + 1, self.total + row["reward"]
         prompt = row["prompt_id"]
-        if prompt not in best or row["reward"] > best[prompt]["reward"]:
-            best[prompt] = row
-        if prompt not in worst or row["reward"] < worst[prompt]["reward"]:
-            worst[prompt] = row
-    return Phase(
-        step=step,
-        completions=count,
-        mean_reward=total / count if count else math.nan,
-        best=heapq.nlargest(EXAMPLES, best.values(), key=lambda row: row["reward"]),
-        worst=heapq.nsmallest(EXAMPLES, worst.values(), key=lambda row: row["reward"]),
-    )
+        if prompt not in self.best or row["reward"] > self.best[prompt]["reward"]:
+            self.best[prompt] = row
+        if prompt not in self.worst or row["reward"] < self.worst[prompt]["reward"]:
+            self.worst[prompt] = row
 
-
-def evaluation_table(states: Sequence[StageState]) -> EvaluationTable | None:
-    """A column for each eval stage that has a result and a row for each metric; None without any."""
-    done = [state for state in states if any(name.startswith("eval/") for name in state.result)]
-    if not done:
-        return None
-    rows: list[list[str]] = []
-    for name, metric in _evaluation_metrics(done).items():
-        values = [state.result.get(name) for state in done]
-        label = evaluation_label(name, done[0].result.get("eval/k"))
-        rows.append([label, *("-" if v is None else format_value(float(v), metric.unit) for v in values)])
-    return EvaluationTable(columns=["", *(state.name for state in done)], rows=rows)
-
-
-def _evaluation_metrics(states: Sequence[StageState]) -> dict[str, Metric]:
-    # in the order of METRICS, each language after the mean over all
-    written = sorted({name for state in states for name, value in state.result.items() if value is not None})
-    found: dict[str, Metric] = {}
-    for metric, meaning in METRICS.items():
-        if metric.startswith("eval/"):
-            found |= {name: meaning for name in written if name == metric}
-            found |= {name: meaning for name in written if language_of(name) and name.rpartition("/")[0] == metric}
-    return found
-
-
-def evaluation_label(name: str, k: float | None) -> str:
-    """What people call an eval metric: ("eval/cons_at_k", 16) -> "cons@16", ("eval/pass_at_1", 16)
-    -> "pass@1", ("eval/language/zh", 16) -> "language zh".
-    """
-    if not name.startswith("eval/"):
-        return name
-    what = name.removeprefix("eval/")
-    shown = "k" if k is None else f"{k:g}"
-    named = {"pass_at_1": "pass@1", "cons_at_k": f"cons@{shown}", "pass_at_k": f"pass@{shown}"}
-    return named.get(what, "samples a problem" if what == "k" else re.sub("[_/]", " ", what))
+    def phase(self, step: int, benchmark: str) -> Phase:
+        return Phase(
+            step=step,
+            benchmark=benchmark,
+            completions=self.count,
+            mean_reward=self.total / self.count if self.count else math.nan,
+            best=heapq.nlargest(EXAMPLES, self.best.values(), key=lambda row: row["reward"]),
+            worst=heapq.nsmallest(EXAMPLES, self.worst.values(), key=lambda row: row["reward"]),
+        )
 
 
 def learning_curve(stages: Sequence[StageView], config: dict[str, Any]) -> Curve:
@@ -224,19 +190,14 @@ def learning_curve(stages: Sequence[StageView], config: dict[str, Any]) -> Curve
     return curve
 
 
-def _is_rl(view: StageView) -> bool:
-    return view.state.kind == "grpo" or bool(view.series("reward/accuracy"))
-
-
 def _parents(names: Sequence[str], config: dict[str, Any]) -> dict[str, str | None]:
     # the stage whose weights a stage starts from; None: random weights or a folder elsewhere
-    tables = {table.get("name"): table for table in config.get("stage", [])}
-    parents: dict[str, str | None] = {}
-    for i, name in enumerate(names):
-        table = tables.get(name, {})
-        source = table.get("from", table.get("init_from"))
-        parents[name] = (names[i - 1] if i else None) if source is None else (source if source in names else None)
-    return parents
+    sources = weights_of_stages(config)
+    return {name: source if (source := sources.get(name)) in names else None for name in names}
+
+
+def _is_rl(view: StageView) -> bool:
+    return view.state.kind == "grpo" or bool(view.series("reward/accuracy"))
 
 
 def _evaluations(
@@ -244,7 +205,7 @@ def _evaluations(
 ) -> Iterator[tuple[StageView, float]]:
     evaluations = {view.state.name for view in stages if view.state.kind == "eval"}
     for view in stages:
-        if view.state.name not in evaluations or "eval/pass_at_1" not in view.state.result:
+        if view.state.name not in evaluations or not by_benchmark(view.state.result):
             continue
         source = parents[view.state.name]
         while source in evaluations:  # an evaluation hands the weights on unchanged
@@ -254,30 +215,31 @@ def _evaluations(
 
 
 def _benchmark(name: str, stages: Sequence[StageView], config: dict[str, Any]) -> str:
-    # "" when all evaluations are on the same problems, else what tells them apart
-    prompts = {table.get("name"): table.get("prompts", {}) for table in config.get("stage", [])}
+    # "" when all evaluations with prompts of their own are on the same problems, else what tells them apart
+    prompts = {name: table.get("prompts", {}) for name, table in stage_tables(config).items()}
     keys = {
         v.state.name: json.dumps(prompts.get(v.state.name, {}), sort_keys=True, default=str)
         for v in stages
-        if v.state.kind == "eval"
+        if v.state.kind == "eval" and None in by_benchmark(v.state.result)
     }
     distinct = list(dict.fromkeys(keys.values()))
-    if len(distinct) < 2:
+    if name not in keys or len(distinct) < 2:
         return ""
     mine = prompts.get(name, {})
     title = str(mine.get("task") or Path(str(mine.get("path", "problems"))).stem)
     return f"{title} {distinct.index(keys[name]) + 1}"
 
 
-def _add_evaluation(curve: Curve, view: StageView, end: float, benchmark: str) -> None:
-    result = view.state.result
-    suffix = f", {benchmark}" if benchmark else ""
-    for metric in ("eval/pass_at_1", "eval/cons_at_k"):
-        if result.get(metric) is not None:
-            label = f"held-out {evaluation_label(metric, result.get('eval/k'))}{suffix}"
-            _append(curve.accuracy, label, (end, float(result[metric])))
-    if result.get("eval/length") is not None:
-        _append(curve.length, f"held-out{suffix}", (end, float(result["eval/length"])))
+def _add_evaluation(curve: Curve, view: StageView, end: float, problems: str) -> None:
+    for i, (benchmark, result) in enumerate(by_benchmark(view.state.result).items()):
+        suffix = f", {benchmark or problems}" if benchmark or problems else ""
+        # Further benchmarks measure something else, e.g. safety, of which the majority vote says nothing.
+        for metric in ("eval/pass_at_1", "eval/cons_at_k")[: 1 if i else 2]:
+            if metric in result:
+                label = f"held-out {evaluation_label(metric, result.get('eval/k'))}{suffix}"
+                _append(curve.accuracy, label, (end, float(result[metric])))
+        if "eval/length" in result and not i:
+            _append(curve.length, f"held-out{suffix}", (end, float(result["eval/length"])))
 
 
 def _append(series: list[Series], name: str, point: Point) -> None:

@@ -1,14 +1,15 @@
 """Every metric a run may write, with its unit and meaning: the one list that writers, progress,
 report and docs use.
 
-A name is `group/what`, `group/what/layer_N` for those in PER_LAYER, or `group/what/zh` for those in
-PER_LANGUAGE. `MetricsWriter` refuses a
-name that is not here, so a typing mistake cannot split a curve in two. Means are over the whole
-rollout phase or global batch, never over one rank.
+A name is `group/what`, `group/what/layer_N` for those in PER_LAYER, `group/what/zh` for those in
+PER_LANGUAGE, or `group/what/<name>` for those in PER_NAME; the evaluation metrics of a benchmark have its name inside:
+`eval/aime/pass_at_1`. `MetricsWriter` refuses a name that is not here, so a typing mistake cannot split a curve in two.
+Means are over the whole rollout phase or global batch, never over one rank.
 """
 
 from __future__ import annotations
 
+import re
 from typing import Literal, NamedTuple
 
 from megatron_r1.config.languages import LANGUAGES
@@ -36,11 +37,16 @@ METRICS: dict[str, Metric] = {
     "reward/language": Metric("share", "mean share of the target language in the words of a chain of thought"),
     "reward/language_no_words": Metric("share", "completions whose thought has no words (each counts 1 above)"),
     "reward/language_prompts": Metric("share", "prompts with a target language; written for each language alone"),
+    "reward/model": Metric("1", "mean value of a reward model, before transform and weight; written for each alone"),
+    "reward/model_std": Metric("1", "standard deviation of a reward model's values; written for each alone"),
+    "reward/model_cut": Metric("share", "completions too long for a reward model, scored cut; written for each alone"),
+    "reward/hacking_watch": Metric("share", "1: a reward model's mean value has risen and the accuracy has fallen"),
     "reward/overlong": Metric("reward", "mean penalty for too long completions, zero or negative"),
     # groups and verdicts
     "groups/no_signal": Metric("share", "groups whose rewards are all equal: no gradient from the reward"),
     "groups/all_correct": Metric("share", "groups whose completions are all correct"),
     "groups/all_wrong": Metric("share", "groups without one correct completion"),
+    "groups/prompts": Metric("count", "groups; written for each domain of prompts alone"),
     "groups/dropped": Metric("count", "groups left out of training"),
     "groups/rounds": Metric("count", "rollout rounds that the phase took (dynamic sampling)"),
     "verdict/unknown": Metric("share", "completions on which the verifier gave no verdict (deadline, error)"),
@@ -68,6 +74,9 @@ METRICS: dict[str, Metric] = {
     "policy/correction_weight": Metric("ratio", "mean weight of a token's policy-gradient term"),
     "policy/correction_masked": Metric("share", "tokens whose weight is 0, for whatever reason"),
     "policy/correction_vetoed": Metric("share", "responses left out whole: veto, off-policy mask, mismatch limit"),
+    # on-policy distillation
+    "distill/reverse_kl": Metric("nats", "KL(student || teacher) a token that the student samples, k1 estimator"),
+    "distill/reverse_kl_k3": Metric("nats", "the same by the k3 estimator, which is never negative"),
     "policy/old_pass": Metric("share", "samples of the phase that needed a pass for their old log-probs"),
     # losses
     "loss/total": Metric("1", "the loss that was differentiated"),
@@ -75,13 +84,40 @@ METRICS: dict[str, Metric] = {
     "loss/heldout": Metric("nats", "next-token cross-entropy of learned tokens that were not trained on"),
     "loss/mtp": Metric("nats", "cross-entropy of the multi-token-prediction layers, mean over depths"),
     "loss/pairwise": Metric("nats", "Bradley-Terry loss of the preference pairs; log 2 = 0.693: no preference learned"),
-    # reward models, over the pairs of the global batch
-    "reward_model/accuracy": Metric("share", "pairs whose chosen answer has the larger value; a tie counts half"),
+    "loss/pointwise": Metric("nats", "binary cross-entropy of labelled answers; log 2 = 0.693: nothing learned"),
+    # reward models, over the pairs, or the labelled answers, of the global batch
+    "reward_model/accuracy": Metric(
+        "share", "pairs whose chosen answer has the larger value, or answers on their label's side of 0; a tie: half"
+    ),
     "reward_model/margin": Metric("1", "mean value of chosen answers - mean value of rejected ones"),
     "reward_model/chosen": Metric("1", "mean value of chosen answers"),
     "reward_model/rejected": Metric("1", "mean value of rejected answers"),
-    "reward_model/heldout_accuracy": Metric("share", "the same accuracy on pairs that were not trained on"),
-    "reward_model/heldout_loss": Metric("nats", "the same loss on pairs that were not trained on"),
+    "reward_model/good": Metric("1", "mean value of answers labelled good"),
+    "reward_model/bad": Metric("1", "mean value of answers labelled bad"),
+    "reward_model/heldout_accuracy": Metric("share", "the same accuracy on rows that were not trained on"),
+    "reward_model/heldout_loss": Metric("nats", "the same loss on rows that were not trained on"),
+    # data that a mix or preferences stage wrote
+    "mix/rows": Metric("count", "conversations of the mix"),
+    "mix/tokens": Metric("tokens", "tokens of their texts, thoughts included"),
+    "mix/duplicates": Metric("count", "rows left out because the same messages were there before"),
+    "mix/contaminated": Metric("count", "rows left out because they share words with an evaluation"),
+    "mix/bad_rows": Metric("count", "rows left out: malformed, or not to be written by the tokenizer"),
+    "mix/missing": Metric("count", "rows that sources could not give of their shares"),
+    "preferences/kept": Metric("share", "pairs, or answers, that became a row of data.jsonl"),
+    "preferences/truncated": Metric("share", "pairs, or answers, dropped because an answer did not end by itself"),
+    "preferences/unreadable": Metric("share", "pairs, or answers, dropped because the judge could not be understood"),
+    "preferences/undecided": Metric("share", "pairs dropped because the mean verdict is within the margin"),
+    "preferences/verdict": Metric("1", "mean size of a pair's mean verdict, 0 to 3"),
+    "preferences/good": Metric("share", "rows that the judge calls good"),
+    "preferences/rows": Metric("count", "rows of data.jsonl"),
+    "preferences/held_out": Metric("count", "prompts that were not asked, as an evaluation asks them"),
+    # answers sampled as training data, over a chunk of prompts
+    "sample/accepted": Metric("share", "samples that became a row of data.jsonl"),
+    "sample/wrong": Metric("share", "samples dropped for a wrong answer"),
+    "sample/prompts_kept": Metric("share", "prompts with a row at least"),
+    "sample/rows": Metric("count", "rows of data.jsonl"),
+    "sample/length": Metric("tokens", "mean length of the answers kept"),
+    "sample/held_out": Metric("count", "prompts that were not asked, as an evaluation asks them"),
     # optimizer
     "optim/grad_norm": Metric("1", "global L2 norm of the gradient before clipping"),
     "optim/lr": Metric("1", "learning rate"),
@@ -107,6 +143,7 @@ METRICS: dict[str, Metric] = {
     "time/reward": Metric("s", "wall time of scoring"),
     "time/old_log_probs": Metric("s", "pass for the old policy's log-probs, once a rollout phase"),
     "time/reference_log_probs": Metric("s", "pass for the KL reference's log-probs, once a rollout phase"),
+    "time/teacher_log_probs": Metric("s", "pass for the teacher's log-probs (on-policy distillation)"),
     "memory/reference": Metric("GiB", "the KL reference's weights on a rank, in host memory or on the device"),
     "time/train": Metric("s", "wall time of forward, backward and optimizer"),
     # evaluation on held-out problems
@@ -133,20 +170,59 @@ PER_LANGUAGE = frozenset(("reward/language", "reward/language_prompts", "eval/la
 """Metrics that may also be written for the prompts of one target language: "reward/language/zh"."""
 
 
+PER_NAME = frozenset(("reward/model", "reward/model_std", "reward/model_cut", "reward/mean", "groups/prompts"))
+"""Metrics that may also be written for one reward model or one domain: "reward/model/helpful", "reward/mean/safety"."""
+
+
+_BENCHMARK = re.compile(r"[a-z0-9][a-z0-9_-]*")
+
+
 def is_known(name: str) -> bool:
-    """Whether a run may write this name: one of METRICS, or one layer's or language's own of those in PER_LAYER or
-    PER_LANGUAGE.
+    """Whether a run may write this name: one of METRICS, one layer's, language's, model's or domain's own of those in
+    PER_LAYER, PER_LANGUAGE and PER_NAME, or a benchmark's.
     """
     whole, _, layer = name.partition("/layer_")
     return (
-        name in METRICS or (whole in PER_LAYER and layer.isascii() and layer.isdigit()) or language_of(name) is not None
+        metric_of(name) is not None
+        or (whole in PER_LAYER and layer.isascii() and layer.isdigit())
+        or of_benchmark(name)[0] is not None
     )
+
+
+def metric_of(name: str) -> Metric | None:
+    """Unit and meaning of a name, whichever benchmark, language, reward model or domain it is for; None for an unknown
+    one.
+    """
+    _, name = of_benchmark(name)
+    return METRICS.get(name if language_of(name) is None and name_of(name) is None else name.rpartition("/")[0])
+
+
+def of_benchmark(name: str) -> tuple[str | None, str]:
+    """Benchmark and plain name of an evaluation metric: "eval/aime/pass_at_1" -> ("aime", "eval/pass_at_1"); names of
+    no benchmark give (None, name).
+    """
+    group, _, rest = name.partition("/")
+    benchmark, _, what = rest.partition("/")
+    plain = f"eval/{what}"
+    known = plain in METRICS or language_of(plain) is not None
+    return (benchmark, plain) if group == "eval" and known and _BENCHMARK.fullmatch(benchmark) else (None, name)
+
+
+def for_benchmark(name: str, benchmark: str | None) -> str:
+    """The name that a benchmark's evaluation metric is written under; the inverse of `of_benchmark`."""
+    return name if benchmark is None else f"eval/{benchmark}/{name.removeprefix('eval/')}"
 
 
 def language_of(name: str) -> str | None:
     """The language that a per-language name ends in: "reward/language/zh" -> "zh"; None for any other."""
     whole, _, code = name.rpartition("/")
     return code if whole in PER_LANGUAGE and code in LANGUAGES else None
+
+
+def name_of(name: str) -> str | None:
+    """The reward model or domain that a name ends in: "reward/model/helpful" -> "helpful"; None for any other."""
+    whole, _, last = name.rpartition("/")
+    return last if whole in PER_NAME and _BENCHMARK.fullmatch(last) else None
 
 
 def check_names(names: list[str]) -> None:

@@ -4,11 +4,14 @@ page.
 
 from __future__ import annotations
 
+import math
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
-from megatron_r1.observe.charts import Series, line_chart
+from megatron_r1.observe.axes import Point
+from megatron_r1.observe.charts import Series, line_chart, svg_file
 from megatron_r1.observe.collect import Curve, StageView
-from megatron_r1.observe.names import METRICS, Unit, language_of
+from megatron_r1.observe.names import METRICS, Unit, language_of, name_of
 
 
 class Panel(NamedTuple):
@@ -29,6 +32,8 @@ PANELS: tuple[Panel, ...] = (
         },
     ),
     Panel("Words of the thought in its language", {"reward/language": "all prompts"}),
+    Panel("Mean value of reward models", {"reward/model": "all"}),
+    Panel("Reward-hacking watch", {"reward/hacking_watch": "1: values rise, accuracy falls"}, smoothed=False),
     Panel("Mean reward", {"reward/mean": "mean reward"}),
     Panel(
         "Response length",
@@ -39,6 +44,7 @@ PANELS: tuple[Panel, ...] = (
         },
     ),
     Panel("KL to the reference", {"policy/kl": "KL"}),
+    Panel("KL to the teacher", {"distill/reverse_kl": "k1", "distill/reverse_kl_k3": "k3"}),
     Panel("Entropy", {"policy/entropy": "entropy"}),
     Panel("Language-model loss", {"loss/lm": "next token"}),
     Panel("Tokens that are learned", {"train/learned_share": "of the global batch"}),
@@ -112,7 +118,7 @@ def stage_charts(stage: StageView) -> list[str]:
     for panel in PANELS:
         series = [
             Series(name=label, points=points, smoothed=panel.smoothed)
-            for name, label in (panel.metrics | _languages(panel, stage)).items()
+            for name, label in (panel.metrics | _parts(panel, stage)).items()
             if (points := stage.series(name))
         ]
         if series:
@@ -120,10 +126,32 @@ def stage_charts(stage: StageView) -> list[str]:
     return charts
 
 
-def _languages(panel: Panel, stage: StageView) -> dict[str, str]:
-    """Metric name -> label of the languages that a stage has written a panel's metrics for."""
-    found = sorted({name for row in stage.rows for name in row if language_of(name)})
-    return {name: str(language_of(name)) for name in found if name.rpartition("/")[0] in panel.metrics}
+def _parts(panel: Panel, stage: StageView) -> dict[str, str]:
+    """Metric name -> label of the languages, reward models and domains that a panel's metrics are written for."""
+    found = sorted({name for row in stage.rows for name in row if language_of(name) or name_of(name)})
+    return {name: name.rpartition("/")[2] for name in found if name.rpartition("/")[0] in panel.metrics}
+
+
+def watch_charts(rows: Sequence[Mapping[str, float]], names: Sequence[str]) -> str:
+    """The reward-hacking watch as one SVG file: mean value of each reward model, and accuracy, over the same steps.
+
+    rows: metrics of the phases with reward models, and their "step"; phases with an alarm are marked by red ticks.
+    """
+
+    def points(key: str) -> list[Point]:
+        return [(row["step"], row[key]) for row in rows if key in row]
+
+    values = [Series(name=name, points=points(f"reward/model/{name}")) for name in names]
+    alarms = [(row["step"], math.nan) for row in rows if row.get("reward/hacking_watch")]
+    ticks = [Series(name="red ticks: values rise, accuracy falls", points=alarms)] if alarms else []
+    accuracy = [Series(name="rule-judged prompts", points=points("reward/accuracy")), *ticks]
+    title = f"Mean value of reward model {', '.join(names)}"
+    (width, height), hover = CURVE_SIZE, False
+    charts = [
+        line_chart(title, values, "1", width=width, height=height, hover=hover),
+        line_chart("Accuracy", accuracy, "share", width=width, height=height, hover=hover),
+    ]
+    return svg_file(charts, width, height)
 
 
 def curve_charts(curve: Curve, hover: bool) -> list[str]:

@@ -12,7 +12,7 @@ import os
 import sys
 import time
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from types import TracebackType
 from typing import TextIO
 
@@ -36,6 +36,7 @@ SHOWN: dict[str, str] = {
     "reward_model/accuracy": "accuracy",
     "rollout/length": "length",
     "policy/kl": "kl",
+    "sample/accepted": "accepted",
     "policy/entropy": "entropy",
     "rollout/tokens_per_second": "sampled tok/s",
     "train/tokens_per_second": "trained tok/s",
@@ -186,16 +187,23 @@ class Progress:
         return Group(head, values)
 
 
-def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[Cell]], stream: TextIO | None = None) -> None:
+def table(
+    title: str,
+    columns: Sequence[str],
+    rows: Sequence[Sequence[Cell]],
+    stream: TextIO | None = None,
+    *,
+    words: Collection[str] = (),
+) -> None:
     """Print a table: drawn on a terminal, aligned ASCII-framed text elsewhere. Floats get three
-    digits.
+    digits. words: columns of text, aligned to the left as the first one is.
     """
     out = stream or sys.stdout
     texts = [[cell_text(cell) for cell in row] for row in rows]
     if is_terminal(out):
         drawn = Table(title=title, title_justify="left", title_style="bold")
         for i, column in enumerate(columns):
-            drawn.add_column(Text(column), justify="right" if i else "left")
+            drawn.add_column(Text(column), justify="right" if i and column not in words else "left")
         for row in texts:
             drawn.add_row(*(Text(cell) for cell in row))
         Console(file=out, force_terminal=True).print(drawn)
@@ -203,7 +211,10 @@ def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[Cell]], st
     grid = [list(columns), *texts]
     widths = [max(len(row[i]) for row in grid) for i in range(len(columns))]
     lines = [
-        "  ".join(f"{c:<{w}}" if i == 0 else f"{c:>{w}}" for i, (c, w) in enumerate(zip(row, widths, strict=True)))
+        "  ".join(
+            f"{c:<{w}}" if i == 0 or columns[i] in words else f"{c:>{w}}"
+            for i, (c, w) in enumerate(zip(row, widths, strict=True))
+        )
         for row in grid
     ]
     lines.insert(1, "  ".join("-" * w for w in widths))

@@ -19,7 +19,7 @@ from typing import Any
 
 from megatron_r1.config.errors import UserError
 from megatron_r1.observe.rundir import StageDir
-from megatron_r1.types import Completion, Group, Prompt
+from megatron_r1.types import Completion, Group, LanguageUse, Prompt
 
 _FILE = re.compile(r"step-(\d{6,})\.jsonl\.gz")
 
@@ -35,10 +35,12 @@ class RolloutWriter:
         step: int,
         groups: Sequence[Group],
         advantages: Sequence[Sequence[float]] | None = None,
+        benchmarks: Sequence[str] | None = None,
     ) -> Path:
         """Write groups [N] of completions [G], advantages [N][G] or None; returns the file.
 
         step: optimizer steps done when the phase began. A stage gives advantages always or never.
+        benchmarks: [N] names of the benchmarks that ask, for a column of that name; None: no such column.
         The file appears as a whole and replaces one of the same step; the same input gives the same
         bytes. Raises ValueError when lengths differ, a score is missing or a number is not finite.
         """
@@ -48,14 +50,19 @@ class RolloutWriter:
         table: Sequence[Sequence[float | None]] = (
             advantages if advantages is not None else [[None] * len(g.completions) for g in groups]
         )
+        asked: Sequence[str | None] = [None] * len(groups) if benchmarks is None else benchmarks
+        shared = _shared_columns(groups)
         with (
             temp.open("wb") as raw,
             # no time and name in the header, so that a repeated phase gives the same bytes
             gzip.GzipFile(filename="", fileobj=raw, mode="wb", mtime=0, compresslevel=4) as packed,
         ):
-            for group, row in zip(groups, table, strict=True):
+            for group, row, benchmark in zip(groups, table, asked, strict=True):
                 for index, (completion, advantage) in enumerate(zip(group.completions, row, strict=True)):
                     record = _record(step, group.prompt, index, completion, advantage)
+                    record |= {name: value | record.get(name, {}) for name, value in shared.items()}
+                    if benchmark is not None:
+                        record["benchmark"] = benchmark
                     line = json.dumps(record, ensure_ascii=False, allow_nan=False)
                     # "replace": half a surrogate pair, which a decoder may emit, is no UTF-8
                     packed.write(line.encode("utf-8", "replace") + b"\n")
@@ -70,13 +77,26 @@ class RolloutWriter:
         return gone
 
 
+def _shared_columns(groups: Sequence[Group]) -> dict[str, dict[str, Any]]:
+    """What rows without it are given because others of the file have it: a file has the same columns throughout.
+
+    Problem sets, and domains of prompts, differ in what is measured: a part of the reward is then 0, and the thought
+    has no language.
+    """
+    scores = [c.score for group in groups for c in group.completions if c.score is not None]
+    parts = {name: 0.0 for score in scores for name in score.parts}
+    measured = any(score.language is not None for score in scores)
+    none = LanguageUse(target="", words=0.0, target_words=0.0)
+    return {"reward_parts": parts, **({"language": asdict(none)} if measured else {})}
+
+
 def _record(step: int, prompt: Prompt, index: int, completion: Completion, advantage: float | None) -> dict[str, Any]:
     # Every column keeps one type in every file: `datasets` takes the types from the first file, and
     # a column of nulls, or of whole numbers, there would make it refuse the later ones.
     score = completion.score
     if score is None:
         raise ValueError(f"completion {index} of {prompt.id} has no score; score a phase, then write it")
-    use = score.language  # of all completions of a stage or of none
+    use = score.language
     return {
         "step": step,
         "prompt_id": prompt.id,

@@ -2,7 +2,8 @@
 stages.
 
     runs/<name>/recipe.toml resolved.toml stages.json departures.json summary.json report.html
-    runs/<name>/<stage>/metrics.jsonl tensorboard/ rollouts/ checkpoints/
+    runs/<name>/<stage>/metrics.jsonl tensorboard/ rollouts/ checkpoints/ data.jsonl hf/
+    runs/<name>/superseded/<stage>-N/                 results that a changed setting or input has replaced
     logs/attempt-N/rank-R.log
 
 The pipeline writes here, `megatron-r1 status` and `report` read. Every file is replaced as a whole
@@ -41,6 +42,10 @@ class StageState:
     started: float | None = None  # seconds since 1970
     finished: float | None = None
     result: dict[str, Any] = field(default_factory=dict)
+    why: str = ""  # why it runs, or ran, again
+    settings: dict[str, Any] = field(default_factory=dict)  # those that its result depends on
+    inputs: dict[str, str] = field(default_factory=dict)  # key of the recipe -> digest of what was read there
+    outputs: dict[str, dict[str, Any]] = field(default_factory=dict)  # file -> {"bytes": .., "sha256": ..}, once done
 
 
 @dataclass(kw_only=True, slots=True)
@@ -78,6 +83,11 @@ class StageDir:
     def checkpoints(self) -> Path:
         """Megatron shards, written by `checkpoint`."""
         return self.path / "checkpoints"
+
+    @property
+    def data(self) -> Path:
+        """What a stage that makes data writes: one row a line."""
+        return self.path / "data.jsonl"
 
     @property
     def hf(self) -> Path:
@@ -139,7 +149,7 @@ class RunDir:
 
     @property
     def summary_file(self) -> Path:
-        """The first evaluation against the last, one flat JSON object (`pipeline/summary.py`)."""
+        """The closing table, a list of rows (`pipeline/summary.py`)."""
         return self.path / "summary.json"
 
     @property
@@ -147,9 +157,19 @@ class RunDir:
         """The HTML page."""
         return self.path / "report.html"
 
+    @property
+    def lock_file(self) -> Path:
+        """Held while a run is at work here, see `observe/liveness.py`."""
+        return self.path / "run.lock"
+
     def stage(self, name: str) -> StageDir:
         """Folder of the stage `name`; it need not exist yet."""
         return StageDir(self.path / name)
+
+    @property
+    def superseded(self) -> Path:
+        """Where replaced results are moved to."""
+        return self.path / "superseded"
 
     def read_stages(self) -> list[StageState]:
         """States in the order of the recipe; empty before the run has written any."""
@@ -168,13 +188,16 @@ class RunDir:
         """Change fields of one stage in stages.json. Raises KeyError for a stage that is not
         there.
         """
-        stages = self.read_stages()
-        for i, stage in enumerate(stages):
-            if stage.name == name:
-                stages[i] = dataclasses.replace(stage, **changes)
-                self.write_stages(stages)
-                return stages[i]
-        raise KeyError(f"{self.stages_file} has no stage {name!r}")
+        old = next((stage for stage in self.read_stages() if stage.name == name), None)
+        if old is None:
+            raise KeyError(f"{self.stages_file} has no stage {name!r}")
+        state = dataclasses.replace(old, **changes)
+        self.replace_stage(state)
+        return state
+
+    def replace_stage(self, state: StageState) -> None:
+        """Put this in the place of the stage of the same name in stages.json."""
+        self.write_stages([state if stage.name == state.name else stage for stage in self.read_stages()])
 
     def read_departures(self) -> list[Departure]:
         """What departs from the paper; empty where nothing was written."""

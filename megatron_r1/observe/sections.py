@@ -11,9 +11,11 @@ import re
 import time
 from collections.abc import Sequence
 
-from megatron_r1.observe.collect import Phase, Row, RunView, StageView, evaluation_label
+from megatron_r1.observe.collect import Phase, Row, RunView, StageView
+from megatron_r1.observe.evaluations import closing_text, evaluation_label, samples_of
+from megatron_r1.observe.lineage import LANGUAGE_MODEL_KINDS
 from megatron_r1.observe.markup import badge, element, escape, note, table
-from megatron_r1.observe.names import METRICS, format_value
+from megatron_r1.observe.names import METRICS, format_value, metric_of
 from megatron_r1.observe.panels import PANELS, curve_charts, stage_charts
 from megatron_r1.observe.progress import cell_text, duration
 from megatron_r1.observe.rundir import Departure, StageState
@@ -49,10 +51,18 @@ def summary(view: RunView) -> str:
     ]
     blocks = [element("div", "".join(element("div", tile, "tile") for tile in tiles), "tiles")]
     if view.evaluation is not None:
-        rows = [[escape(cell) for cell in row] for row in view.evaluation.rows]
-        columns = [escape(column) for column in view.evaluation.columns]
-        blocks.append(element("h3", "Held-out evaluation") + table(columns, rows, "numbers"))
+        blocks.append(element("h3", "Held-out evaluation"))
+        if view.closing:
+            title, columns, rows = closing_text(view.closing)
+            blocks.append(note(escape(title)) + _text_table(columns, rows))
+        full = _text_table(view.evaluation.columns, view.evaluation.rows)
+        # Several stages and benchmarks make a wide table: folded beside the closing one.
+        blocks.append(element("details", element("summary", "Everything measured") + full) if view.closing else full)
     return "".join(blocks) if tiles or view.evaluation is not None else ""
+
+
+def _text_table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    return table([escape(column) for column in columns], [[escape(cell) for cell in row] for row in rows], "numbers")
 
 
 _RECENT = 10
@@ -75,7 +85,8 @@ def _derived_facts(view: RunView) -> list[tuple[str, str]]:
     sampled = sum(finite("rollout/tokens"))
     if sampled:
         facts.append(("tokens sampled", format_value(sampled, "tokens")))
-    steps = sum(stage.state.steps_done for stage in view.stages)
+    trained = (*LANGUAGE_MODEL_KINDS, "reward_model")
+    steps = sum(stage.state.steps_done for stage in view.stages if stage.state.kind in trained)
     if steps:
         facts.append(("optimizer steps", format_value(steps, "count")))
     seconds = sum(_seconds(stage) or 0.0 for stage in view.stages)
@@ -134,9 +145,9 @@ def stage_table(view: RunView) -> str:
 def _result(state: StageState) -> str:
     parts = []
     for name, value in state.result.items():
-        label = evaluation_label(name, state.result.get("eval/k"))
-        if name in METRICS and isinstance(value, (int, float)):
-            parts.append(f"{label} {format_value(float(value), METRICS[name].unit)}")
+        label = evaluation_label(name, samples_of(name, state.result))
+        if (metric := metric_of(name)) is not None and isinstance(value, (int, float)):
+            parts.append(f"{label} {format_value(float(value), metric.unit)}")
         elif isinstance(value, dict):
             counts = ", ".join(f"{key} {count}" for key, count in value.items())
             parts.append(f"{label} ({counts})")
@@ -163,12 +174,18 @@ def completions(view: RunView) -> str:
         if not stage.phases:
             continue
         buttons = "".join(
-            f'<button type="button" data-stage="{i}" data-step="{p.step}">{p.step}</button>' for p in stage.phases
+            f'<button type="button" data-stage="{i}" data-step="{_phase_key(p)}">{_phase_key(p)}</button>'
+            for p in stage.phases
         )
         blocks.append(element("h3", escape(stage.state.name)))
-        blocks.append(element("div", f"<span>step</span>{buttons}", "steps"))
+        what = "benchmark" if any(phase.benchmark for phase in stage.phases) else "step"
+        blocks.append(element("div", f"<span>{what}</span>{buttons}", "steps"))
         blocks += [_phase(i, phase) for phase in stage.phases]
     return "".join(blocks)
+
+
+def _phase_key(phase: Phase) -> str:
+    return escape(phase.benchmark or phase.step)
 
 
 def _phase(stage: int, phase: Phase) -> str:
@@ -176,8 +193,9 @@ def _phase(stage: int, phase: Phase) -> str:
         element("div", element("h4", title) + "".join(_card(row) for row in rows))
         for title, rows in (("Highest reward", phase.best), ("Lowest reward", phase.worst))
     )
-    head = f"Step {phase.step}: {phase.completions} completions, mean reward {phase.mean_reward:.3f}"
-    place = f'<div class="phase" data-stage="{stage}" data-step="{phase.step}">'
+    where = f"Benchmark {escape(phase.benchmark)}" if phase.benchmark else f"Step {phase.step}"
+    head = f"{where}: {phase.completions} completions, mean reward {phase.mean_reward:.3f}"
+    place = f'<div class="phase" data-stage="{stage}" data-step="{_phase_key(phase)}">'
     return f"{place}{note(head)}{element('div', columns, 'pair')}</div>"
 
 

@@ -82,6 +82,12 @@ class World:
         dist.broadcast_object_list(box, src=source, group=self.model_group)
         return box[0]
 
+    def broadcast_from_0(self, value: Any) -> Any:
+        """Rank 0's `value` (any picklable object) on all ranks. Collective."""
+        box = [value]
+        dist.broadcast_object_list(box, src=0)
+        return box[0]
+
     def sum_over_context(self, value: torch.Tensor) -> torch.Tensor:
         """`value` added up over the ranks that hold slices of the same sequences; without gradient. Collective."""
         if self.layout.context == 1:
@@ -122,7 +128,7 @@ def start(layout: ParallelConfig, seed: int, timeout_minutes: int = 30) -> World
     Raises UserError when the started processes do not fit the layout.
     """
     on_cpu = cpu_backend.install()
-    from megatron.core import parallel_state, tensor_parallel
+    from megatron.core import parallel_state
 
     rank, size = environment()
     check_world(layout, size)
@@ -138,11 +144,7 @@ def start(layout: ParallelConfig, seed: int, timeout_minutes: int = 30) -> World
         create_gloo_process_groups=not on_cpu,
         distributed_timeout_minutes=timeout_minutes,
     )
-    # A stage draws other weights than its neighbour. The stride is larger than Megatron's offsets for tensor and
-    # expert ranks (2718, 1024 + 100 a rank), else an expert of one stage would equal one of another.
-    seed += 100_000 * parallel_state.get_pipeline_model_parallel_rank()
-    tensor_parallel.model_parallel_cuda_manual_seed(seed)
-    torch.manual_seed(seed)
+    seed_generators(seed)
     if rank == 0 and on_cpu:
         logger.info(cpu_backend.describe())
     return World(
@@ -162,6 +164,19 @@ def start(layout: ParallelConfig, seed: int, timeout_minutes: int = 30) -> World
         expert_group=parallel_state.get_expert_tensor_and_model_parallel_group(),
         model_group=parallel_state.get_model_parallel_group(),
     )
+
+
+def seed_generators(seed: int) -> None:
+    """Seed torch's and Megatron's generators, as every stage of a run does first: what it draws does not depend on
+    whether the stages before it ran in this process.
+    """
+    from megatron.core import parallel_state, tensor_parallel
+
+    # A pipeline stage draws other weights than its neighbour. The stride is larger than Megatron's offsets for tensor
+    # and expert ranks (2718, 1024 + 100 a rank), else an expert of one stage would equal one of another.
+    seed += 100_000 * parallel_state.get_pipeline_model_parallel_rank()
+    tensor_parallel.model_parallel_cuda_manual_seed(seed)
+    torch.manual_seed(seed)
 
 
 def stop() -> None:

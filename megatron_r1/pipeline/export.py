@@ -7,21 +7,19 @@ import threading
 from pathlib import Path
 from typing import Any
 
-import torch.distributed as dist
-
-from megatron_r1.config.errors import RunFailed, UserError
-from megatron_r1.config.run import ExportStage
+from megatron_r1.config.errors import UserError
+from megatron_r1.config.stages import ExportStage
 from megatron_r1.convert.conversion import Conversion, check_source, export_conversion, finished, run
 from megatron_r1.convert.journal import foreign_files
 from megatron_r1.convert.manifest import JOURNAL, MANIFEST, fp8_blocks, some
+from megatron_r1.data.tokenizer_files import write_tokenizer_files
+from megatron_r1.data.tokenizers import ByteTokenizer, CharTokenizer
 from megatron_r1.observe.progress import Progress
+from megatron_r1.pipeline.aside import on_rank_0
 from megatron_r1.train.context import RunContext
 from megatron_r1.train.exclusions import record_export
-from megatron_r1.train.stopping import Stopped
 
 logger = logging.getLogger(__name__)
-
-_LOOK_SECONDS = 2.0  # between two looks at whether rank 0 is done, or was asked to stop
 
 
 def run_export(stage: ExportStage, context: RunContext, start: Path | None) -> dict[str, Any]:
@@ -33,55 +31,25 @@ def run_export(stage: ExportStage, context: RunContext, start: Path | None) -> d
     if start is None:
         raise UserError(f"stage {stage.name!r} exports nothing: set `from` to a stage or a checkpoint folder")
     target = context.run.stage(stage.name).hf
-    writer = _Writer(stage, context, start, target) if context.world.rank == 0 else None
-    if writer is not None:
-        writer.start()
-    while True:
-        # The others must not wait in one collective for as long as an export takes: it would run into its time limit.
-        box = [None if writer is None else writer.look()]
-        dist.broadcast_object_list(box, src=0)
-        if box[0] is not None:
-            break
-        if context.stop.agreed():
-            raise Stopped(f"stopped in stage {stage.name}; finished files stay")
-    outcome = box[0]
-    if isinstance(outcome, (UserError, RunFailed)):
-        raise outcome
-    return dict(outcome)
+    export = _Export(stage, context, start, target)
+    counts: dict[str, Any] = on_rank_0(export, context, stage.name, "finished files stay")
+    return counts
 
 
-class _Writer(threading.Thread):
-    """Exports beside the main thread, which answers the other ranks meanwhile."""
+class _Export:
+    """What rank 0 does."""
 
     def __init__(self, stage: ExportStage, context: RunContext, start: Path, target: Path) -> None:
-        super().__init__(daemon=True)  # a stopped run does not wait for it
         self.stage, self.context, self.begin, self.target = stage, context, start, target
-        self.outcome: Any = None
 
-    def run(self) -> None:
-        """Export, whatever comes of it."""
-        try:
-            self.outcome = self._export()
-        except (UserError, RunFailed) as error:
-            self.outcome = error
-        except BaseException as error:  # the other ranks have to learn of it
-            logger.exception("the export failed")
-            self.outcome = RunFailed(f"stage {self.stage.name}: the export failed: {type(error).__name__}: {error}")
-
-    def look(self) -> Any:
-        """What came of it, as soon as it is known; None after a while otherwise."""
-        self.join(_LOOK_SECONDS)
-        return self.outcome
-
-    def _export(self) -> dict[str, Any]:
-        config = self.context.config
+    def __call__(self) -> dict[str, Any]:
         conversion = export_conversion(
             self.begin,
-            like=self.stage.like or _model_folder(config.model.config),
-            tokenizer=config.tokenizer.path if config.tokenizer.kind == "huggingface" else None,
+            like=self.stage.like or _model_folder(self.context.model.config),
+            tokenizer=self._tokenizer(),
             dtype=self.stage.dtype,
             scales=self.stage.scales,
-            predictions=config.model.mtp is not False,
+            predictions=self.context.model.mtp is not False,
             shard_bytes=int(self.stage.shard_gb * 1e9),
         )
         for note in conversion.notes:
@@ -101,6 +69,16 @@ class _Writer(threading.Thread):
         if blocks:
             counts |= {"export/fp8_blocks_kept": blocks.kept, "export/fp8_blocks_new": blocks.new}
         return {**counts, "folder": str(self.target)}
+
+    def _tokenizer(self) -> Path | None:
+        """Where the tokenizer's files are; those of a built-in one are written beside the export first."""
+        own = self.context.tokenizer
+        if isinstance(own, CharTokenizer | ByteTokenizer):
+            folder = self.target.parent / "tokenizer"
+            write_tokenizer_files(own, folder)
+            return folder
+        given = self.context.config.tokenizer
+        return given.path if given.kind == "huggingface" else None
 
     def _write(self, conversion: Conversion) -> None:
         total, done, lock = max(conversion.plan.bytes, 1), 0, threading.Lock()

@@ -20,9 +20,13 @@ from typing import Any
 
 from megatron_r1.config.gym_tasks import REFUSED
 from megatron_r1.rewards.canonical import canonical, number, plain, same, vote_key
+from megatron_r1.rewards.requests import verify_helpful, verify_safe
 from megatron_r1.types import Prompt, Verdict
 
 Verifier = Callable[[str, Prompt], Verdict]
+
+ACCEPT, JUDGE = "none", "judge"
+"""Names of the verifiers that are no rule."""
 
 _CHOICE = re.compile(
     r"(?:option|choice|选项?)?\s*(?:[(\[](?P<label>[A-H])[)\]]|(?P<bare>[A-H])(?=\s*[.:)]|$))(?P<tail>.*)",
@@ -125,12 +129,26 @@ def verify_reasoning_gym(answer: str, prompt: Prompt) -> Verdict:
     return _verdict(score == 1.0, answer)
 
 
+def accept_any(answer: str, prompt: Prompt) -> Verdict:
+    """Every answer is correct: for prompts that no rule and no judge is asked about."""
+    return _verdict(True, answer)
+
+
+def leave_to_judge(answer: str, prompt: Prompt) -> Verdict:
+    """Unknown: a `sample` stage asks its judge, after the rules; nothing else does."""
+    return Verdict(status="unknown", extracted=vote_key(answer), detail="left to a judge")
+
+
 VERIFIERS: dict[str, Verifier] = {
     "integer": verify_integer,
     "exact": verify_exact,
     "math": verify_math,
     "choice": verify_choice,
     "reasoning_gym": verify_reasoning_gym,
+    "helpful": verify_helpful,
+    "safe": verify_safe,
+    ACCEPT: accept_any,
+    JUDGE: leave_to_judge,
 }
 """Name -> verifier. They raise nothing for a bad answer; what they raise becomes the verdict
 `unknown`.

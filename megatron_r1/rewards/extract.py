@@ -49,6 +49,29 @@ def extract_answer(text: str) -> str | None:
     return answer if 0 < len(answer) <= MAX_ANSWER else None
 
 
+def summary_of(text: str) -> str:
+    """Return what a completion says after its thought: what helpful reward models and their judges are given.
+
+    DeepSeek-R1 (arXiv 2501.12948, v2 section 3.2.2): helpfulness is judged by the final summary alone. It is what
+    follows the last `</think>` (without one, the whole text), less every `<answer>` and `</answer>` tag and surrounding
+    whitespace. Empty where a `<think>` is left in that part, whose thought was never closed. Linear in len(text).
+
+    Example: "<think>5-6=-1</think> <answer>8</answer>" -> "8".
+    """
+    _, _, rest = text.rpartition("</think>")
+    return "" if "<think>" in rest else _ANSWER_TAG.sub("", rest).strip()
+
+
+def thought_of(text: str) -> str:
+    """Return the thought of a completion: what stands before the last `</think>`, less an `<think>` at its start and
+    surrounding whitespace. Empty where no thought was closed. Linear in len(text).
+
+    Example: "<think>5-6=-1</think> <answer>8</answer>" -> "5-6=-1".
+    """
+    thought, _, _ = text.rpartition("</think>")
+    return thought.strip().removeprefix("<think>").strip()
+
+
 def _last_tagged(text: str) -> str | None:
     """Return the content of the last `<answer>` whose next answer tag is `</answer>`."""
     content = None

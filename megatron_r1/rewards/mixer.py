@@ -3,18 +3,19 @@ rewards.
 
 Stands between rollout and the advantages: `Scorer.score_groups` fills `Completion.score` in place.
 The order of the work: extract -> settle cheaply in this process -> the rest through the
-`VerifierPool` -> mix.
+`VerifierPool` -> mix. Values of reward models are in `Completion.values` by then (`train/reward_models.py`).
 """
 
 from __future__ import annotations
 
+import math
 import time
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
-from megatron_r1.config.data import RewardConfig
 from megatron_r1.config.errors import UserError
+from megatron_r1.config.rewards import RewardConfig
 from megatron_r1.rewards.accuracy import KILLABLE, SHORTCUTS, VERIFIERS, guarded
 from megatron_r1.rewards.canonical import vote_key
 from megatron_r1.rewards.extract import extract_answer
@@ -50,21 +51,18 @@ class RewardStats:
 class Scorer:
     """The reward of a run: the weighted sum of its `[[stage.reward]]` terms.
 
+    A term is a part of every score: 0 for prompts of a domain that it does not cover and in phases before its
+    `last_steps`, so that parts have the same names in all completions of a stage.
     `pool` judges the KILLABLE verifiers; it starts no process before one is needed and stays the
-    caller's to close. Raises UserError if two terms have the same kind or there is none.
+    caller's to close. Raises UserError if two terms have the same kind (reward models: the same name) or there is
+    none.
     """
 
     def __init__(self, rewards: Sequence[RewardConfig], pool: VerifierPool) -> None:
-        kinds = [reward.kind for reward in rewards]
-        for kind, count in Counter(kinds).items():
-            if count > 1:
-                raise UserError(
-                    f"[[stage.reward]]: kind {kind!r} is given {count} times, but each kind may be "
-                    "given once; keep one table and add up the weights"
-                )
-        if not kinds:
+        check_labels(rewards)
+        if not rewards:
             raise UserError(
-                'no [[stage.reward]] is given; add at least one with kind "accuracy", "format" or "language", '
+                'no [[stage.reward]] is given; add at least one with kind "accuracy", "format", "language" or "model", '
                 "or every completion has the reward 0 and nothing is learned"
             )
         self._rewards = list(rewards)
@@ -72,13 +70,18 @@ class Scorer:
         self._language = next((reward for reward in rewards if reward.kind == "language"), None)
         self._pool = pool
 
-    def score_groups(self, groups: Sequence[Group]) -> RewardStats:
+    def score_groups(self, groups: Sequence[Group], step: int = 0, steps: int = 0) -> RewardStats:
         """Fill the `score` of every completion, replacing an earlier one, and return the counts.
 
+        step, steps: optimizer steps done when the phase began, and of the whole stage; they decide which terms count
+        (`RewardConfig.active`). By default all do.
+
         A completion without an answer (`extract_answer`) is wrong with the detail "no answer". An
-        `unknown` verdict counts `RewardConfig.unknown` instead of 0 or 1. Without an accuracy
-        reward nothing is judged: the verdicts are unknown with the detail "no accuracy reward".
-        Raises UserError for a prompt whose verifier does not exist or is not installed.
+        `unknown` verdict counts `RewardConfig.unknown` instead of 0 or 1. Where no accuracy reward covers the prompt
+        nothing is judged: the verdicts are unknown with the detail "no accuracy reward". Accuracy and language are
+        measured in every phase, whether they count or not.
+        Raises UserError for a prompt whose verifier does not exist or is not installed, and ValueError for a completion
+        without a finite value of a reward model that scores it.
         """
         begin = time.perf_counter()
         answers = [[extract_answer(c.text) for c in group.completions] for group in groups]
@@ -89,7 +92,7 @@ class Scorer:
             uses = self._language_uses(group)
             for completion, answer, use in zip(group.completions, group_answers, uses, strict=True):
                 verdict = self._verdict(group.prompt, answer, verdicts)
-                completion.score = self._score(completion, verdict, use)
+                completion.score = self._score(group.prompt, completion, verdict, use, step, steps)
                 counts[verdict.status] += 1
                 if verdict.status == "unknown":
                     reasons[verdict.detail.split(":")[0]] += 1
@@ -110,6 +113,8 @@ class Scorer:
         jobs: dict[_Key, Job] = {}
         for group, group_answers in zip(groups, answers, strict=True):
             prompt = group.prompt
+            if not self._accuracy.covers(prompt.domain):
+                continue
             if prompt.verifier not in VERIFIERS:
                 raise UserError(
                     f"prompt {prompt.id}: verifier {prompt.verifier!r} does not exist; "
@@ -127,7 +132,7 @@ class Scorer:
         return verdicts | dict(zip(jobs, judged, strict=True)), len(jobs)
 
     def _verdict(self, prompt: Prompt, answer: str | None, verdicts: dict[_Key, Verdict]) -> Verdict:
-        if self._accuracy is None:
+        if self._accuracy is None or not self._accuracy.covers(prompt.domain):
             extracted = None if answer is None else vote_key(answer)
             return Verdict(status="unknown", extracted=extracted, detail=NOT_JUDGED)
         if answer is None:
@@ -143,20 +148,53 @@ class Scorer:
         target = target_language(group.prompt, self._language.default_language, han_per_word)
         return [language_use(completion, target, han_per_word) for completion in group.completions]
 
-    def _score(self, completion: Completion, verdict: Verdict, use: LanguageUse | None) -> Score:
+    def _score(
+        self, prompt: Prompt, completion: Completion, verdict: Verdict, use: LanguageUse | None, step: int, steps: int
+    ) -> Score:
         parts: dict[str, float] = {}
         for reward in self._rewards:
-            if reward.kind == "format":
-                raw = float(format_reward(completion))
-            elif reward.kind == "language":
-                assert use is not None, "the language reward counts words"
-                raw = use.share
-            elif verdict.status == "unknown":
-                raw = reward.unknown
-            else:
-                raw = float(verdict.status == "correct")
-            parts[reward.kind] = reward.weight * raw
+            counts = reward.covers(prompt.domain) and reward.active(step, steps)
+            parts[reward.label] = reward.weight * _raw(reward, prompt, completion, verdict, use) if counts else 0.0
         return Score(total=sum(parts.values()), parts=parts, verdict=verdict, language=use)
+
+
+def check_labels(rewards: Sequence[RewardConfig]) -> None:
+    """Raise UserError when two terms have one label: the kind, or the name of a reward model."""
+    for label, count in Counter(reward.label for reward in rewards).items():
+        if count > 1 and any(reward.label == label and reward.kind == "model" for reward in rewards):
+            raise UserError(f"[[stage.reward]]: {count} reward models are called {label!r}; give each its own `name`")
+        if count > 1:
+            raise UserError(
+                f"[[stage.reward]]: kind {label!r} is given {count} times, but each kind may be "
+                "given once; keep one table and add up the weights"
+            )
+
+
+def _raw(
+    reward: RewardConfig, prompt: Prompt, completion: Completion, verdict: Verdict, use: LanguageUse | None
+) -> float:
+    """What a term says of a completion, before its weight."""
+    if reward.kind == "format":
+        return float(format_reward(completion))
+    if reward.kind == "language":
+        assert use is not None, "the language reward counts words"
+        return use.share
+    if reward.kind == "model":
+        return _model_value(reward, prompt, completion)
+    return reward.unknown if verdict.status == "unknown" else float(verdict.status == "correct")
+
+
+def _model_value(reward: RewardConfig, prompt: Prompt, completion: Completion) -> float:
+    value = completion.values.get(reward.label)
+    if value is None or not math.isfinite(value):
+        raise ValueError(
+            f"a completion of prompt {prompt.id} has {'no value' if value is None else f'the value {value}'} of the "
+            f"reward model {reward.label!r}, which scores the domain {prompt.domain!r}"
+        )
+    if reward.transform == "none":
+        return value
+    # Without overflow on either side.
+    return 1 / (1 + math.exp(-value)) if value >= 0 else 1 - 1 / (1 + math.exp(value))
 
 
 def _key(prompt: Prompt, answer: str) -> _Key:

@@ -9,7 +9,7 @@ import time
 
 import numpy as np
 
-from megatron_r1.config.run import GrpoStage
+from megatron_r1.config.stages import GrpoStage
 from megatron_r1.model.reference import Reference
 from megatron_r1.train.log_probs import compute_log_probs
 from megatron_r1.train.micro_batches import Batcher

@@ -9,15 +9,17 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator
 from itertools import islice
+from typing import NamedTuple
 
 from megatron_r1.algorithms.pass_at_k import cons_at_k, pass_at_1, pass_at_k
-from megatron_r1.config.data import RewardConfig
 from megatron_r1.config.errors import UserError
-from megatron_r1.config.run import EvalStage
+from megatron_r1.config.rewards import RewardConfig
+from megatron_r1.config.stages import AskedProblems, ProblemSet
 from megatron_r1.data.corpus import classify_style
 from megatron_r1.data.cursor import epoch_order
 from megatron_r1.data.prompts import PromptSource, open_prompts
 from megatron_r1.data.tokenizers import Tokenizer
+from megatron_r1.observe.names import for_benchmark
 from megatron_r1.parallel.world import World
 from megatron_r1.rewards.language import language_metrics
 from megatron_r1.rewards.mixer import Scorer
@@ -26,50 +28,66 @@ from megatron_r1.rollout.engine import Progress, RolloutEngine
 from megatron_r1.types import Group, Prompt
 
 
-def heldout_prompts(stage: EvalStage, tokenizer: Tokenizer) -> list[Prompt]:
-    """The problems of an evaluation stage: the first of its source, in the order of its seed when shuffled."""
-    source = open_prompts(stage.prompts, tokenizer)
-    seed = stage.prompts.seed if stage.prompts.shuffle else None
+class Evaluation(NamedTuple):
+    """What one problem set has shown."""
+
+    metrics: dict[str, float]  # eval/<metric>, or eval/<benchmark>/<metric>
+    styles: dict[str, int]  # style of the completion's work (`data/corpus.py`) -> completions
+    groups: list[Group]  # scored, in the order of the prompts
+
+
+def heldout_prompts(asked: AskedProblems, tokenizer: Tokenizer) -> list[Prompt]:
+    """The problems of a set: the first of its source, in the order of its seed when shuffled.
+
+    Raises:
+        UserError: the source holds too few, or a row that cannot be asked.
+    """
+    config, wanted = asked.prompts, asked.table.problems
+    source = open_prompts(config, tokenizer)
+    seed = config.seed if config.shuffle else None
     if isinstance(source, PromptSource):
-        prompts = [source[i] for i in epoch_order(len(source), seed, epoch=0)[: stage.problems]]
+        prompts = [source[i] for i in epoch_order(len(source), seed, epoch=0)[:wanted]]
     else:
-        prompts = list(islice(source.stream(0, seed, 0), stage.problems))
-    if len(prompts) < stage.problems:
+        prompts = list(islice(source.stream(0, seed, 0), wanted))
+    if len(prompts) < wanted:
         raise UserError(
-            f"stage.{stage.name}.problems = {stage.problems}, but its source holds {len(prompts)}: "
+            f"{asked.key}.problems = {wanted}, but its source holds {len(prompts)}: "
             f"set problems = {len(prompts)} or name a larger source"
         )
     return prompts
 
 
 def evaluate(
-    stage: EvalStage,
+    asked: AskedProblems,
     prompts: list[Prompt],
     engine: RolloutEngine,
     world: World,
     seed: int,
+    verifier_workers: int,
     progress: Progress | None = None,
-) -> tuple[dict[str, float], dict[str, int], list[Group]]:
-    """Sample and judge; returns (metrics, completions by style, scored groups), equal on all ranks. Collective."""
+) -> Evaluation:
+    """Sample and judge one problem set; equal on all ranks. Collective."""
     # Every replica decodes equally many problems, as shared experts ask; a repeated one is judged once.
+    table = asked.table
     share = -(-len(prompts) // world.replicas)
     mine = [prompts[(world.replica_rank + i * world.replicas) % len(prompts)] for i in range(share)]
-    completions = engine.generate(mine, stage.k, stage.sampling, seed, progress)
+    completions = engine.generate(mine, table.k, table.sampling, seed, progress)
     groups = [Group(prompt=p, completions=c) for p, c in zip(mine, completions, strict=True)]
     if world.is_leader:
-        with VerifierPool(stage.verifier_workers) as pool:
-            Scorer(list(_measured(stage)), pool).score_groups(groups)
+        with VerifierPool(verifier_workers) as pool:
+            Scorer(list(_measured(table)), pool).score_groups(groups)
     found = {g.prompt.id: g for part in world.all_gather_replicas(world.broadcast_in_replica(groups)) for g in part}
     judged = [found[prompt.id] for prompt in prompts]
     styles = Counter(classify_style(c.text) for group in judged for c in group.completions)
-    return evaluation_metrics(judged, stage.k), dict(styles), judged
+    metrics = evaluation_metrics(judged, table.k)
+    return Evaluation({for_benchmark(n, asked.benchmark): v for n, v in metrics.items()}, dict(styles), judged)
 
 
-def _measured(stage: EvalStage) -> Iterator[RewardConfig]:
-    yield RewardConfig(kind="accuracy", deadline=stage.deadline)
+def _measured(table: ProblemSet) -> Iterator[RewardConfig]:
+    yield RewardConfig(kind="accuracy", deadline=table.deadline)
     yield RewardConfig(kind="format")
-    if (language := stage.default_language) is not None:
-        yield RewardConfig(kind="language", default_language=language, han_per_word=stage.han_per_word)
+    if (language := table.default_language) is not None:
+        yield RewardConfig(kind="language", default_language=language, han_per_word=table.han_per_word)
 
 
 def evaluation_metrics(groups: list[Group], k: int) -> dict[str, float]:

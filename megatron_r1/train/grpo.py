@@ -13,22 +13,23 @@ from typing import Any
 
 from megatron_r1.algorithms.mismatch import mismatch_metrics
 from megatron_r1.algorithms.weights import count
-from megatron_r1.config.run import GrpoStage
-from megatron_r1.data.cursor import PromptCursor
-from megatron_r1.data.prompts import open_prompts
+from megatron_r1.config.stages import GrpoStage
+from megatron_r1.data.prompt_mix import PromptMix
 from megatron_r1.model.reference import Reference
 from megatron_r1.model.routing import check_replayable
 from megatron_r1.observe.rollouts import RolloutWriter
 from megatron_r1.rewards.mixer import Scorer
 from megatron_r1.rewards.workers import VerifierPool
-from megatron_r1.rollout.megatron import MegatronEngine
 from megatron_r1.train.annotate import annotate
 from megatron_r1.train.context import RunContext
+from megatron_r1.train.engines import build_engine
 from megatron_r1.train.loop import StageLoop
 from megatron_r1.train.micro_batches import Batcher
 from megatron_r1.train.mismatch_watch import MismatchWatch
 from megatron_r1.train.objectives import PolicyObjective
 from megatron_r1.train.phase import Phase, advantages_of, group_samples, minibatch_order, phase_seed, sample_groups
+from megatron_r1.train.reward_models import RewardModels
+from megatron_r1.train.reward_watch import RewardWatch
 from megatron_r1.train.trainer import StepResult, Trainer
 from megatron_r1.types import Sample
 
@@ -41,7 +42,7 @@ def grpo(stage: GrpoStage, context: RunContext, start: Path | None) -> dict[str,
     world, config = context.world, stage.grpo
     trainer = Trainer(
         context.arch,
-        context.config.model,
+        context.model,
         world,
         stage.optimizer,
         stage.steps,
@@ -52,37 +53,33 @@ def grpo(stage: GrpoStage, context: RunContext, start: Path | None) -> dict[str,
     batcher = Batcher.of(stage, context)
     if config.routing_replay != "none":
         check_replayable(trainer.config)
-    engine = MegatronEngine(
-        trainer.chunks,
-        world,
-        context.tokenizer,
-        context.arch["vocab_size"],
-        context.arch["max_position_embeddings"],
-        recorder=trainer.taps if config.routing_replay == "rollout" else None,
-    )
-    cursor = PromptCursor(
-        open_prompts(stage.prompts, context.tokenizer), stage.prompts.shuffle, context.config.seed, context.heldout
-    )
+    engine = build_engine(trainer, context, record_routing=config.routing_replay == "rollout")
+    models = RewardModels.of(stage, context)
+    prompts = PromptMix(stage.prompts, context.tokenizer, context.config.seed, context.heldout)
     phase: Phase | None = None
     with StageLoop(stage, context, trainer, reference) as loop, VerifierPool(stage.verifier_workers) as pool:
         scorer = Scorer(stage.reward, pool)
         state = loop.resume(start)
         if state is not None:
-            cursor.restore(state["cursor"])
+            prompts.restore(state["prompts"])
             phase = Phase.restore(state["phase"]) if state["phase"] is not None else None
         rollouts = RolloutWriter(loop.folder.path)
         watch = MismatchWatch(
             stage.name, config.mismatch_limit, loop.folder.path, context.tokenizer, writes=world.rank == 0
         )
+        hacking = RewardWatch(stage, loop.folder)
         if world.rank == 0:
             rollouts.truncate_after(trainer.step)
+            hacking.resume()
         while trainer.step < stage.steps:
             began = time.monotonic()
             if phase is None:
                 # 1. sample and score; 2. advantages; 3. old and reference log-probs
                 engine.update_weights(trainer.step)
                 seed = phase_seed(context.config.seed, trainer.step)
-                rollout = sample_groups(stage, cursor, engine, scorer, world, seed, loop.rollout_progress)
+                rollout = sample_groups(
+                    stage, prompts, trainer.step, engine, scorer, world, seed, loop.rollout_progress, models
+                )
                 if world.rank == 0:
                     advantages = [advantages_of(group, config.advantage) for group in rollout.groups]
                     rollouts.write(trainer.step, rollout.groups, advantages)
@@ -95,7 +92,7 @@ def grpo(stage: GrpoStage, context: RunContext, start: Path | None) -> dict[str,
             result, seconds = _optimize(minibatch, stage, trainer, batcher)
             loop.check_finite(result, minibatch)
             metrics = _policy_metrics(result, seconds, reference is not None)
-            sampled = phase.metrics if phase.taken == 0 else {}  # once a phase, with its first optimizer step
+            sampled = hacking.seen(trainer.step, phase.metrics) if phase.taken == 0 else {}  # once a phase, at first
             loop.log({**sampled, **metrics, "time/step": time.monotonic() - began})
             watch.check(trainer.step, metrics, minibatch)
             phase.taken += 1
@@ -105,15 +102,16 @@ def grpo(stage: GrpoStage, context: RunContext, start: Path | None) -> dict[str,
                 reference.replace(trainer.step)
             if phase.is_spent:
                 phase = None
-            loop.end_of_step(partial(_loop_state, cursor, phase))
+            loop.end_of_step(partial(_loop_state, prompts, phase))
         return loop.closing(
             *("reward/mean", "reward/accuracy", "reward/format", "reward/language", "rollout/length"),
             *("policy/kl", "policy/entropy"),
+            *(f"reward/model/{name}" for name in hacking.names),
         )
 
 
-def _loop_state(cursor: PromptCursor, phase: Phase | None) -> dict[str, Any]:
-    return {"cursor": cursor.state(), "phase": None if phase is None else phase.state()}
+def _loop_state(prompts: PromptMix, phase: Phase | None) -> dict[str, Any]:
+    return {"prompts": prompts.state(), "phase": None if phase is None else phase.state()}
 
 
 def _optimize(

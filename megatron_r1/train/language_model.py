@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
-from megatron_r1.config.run import PretrainStage, SftStage
+from megatron_r1.config.stages import PretrainStage, SftStage
 from megatron_r1.train.context import RunContext
 from megatron_r1.train.loop import StageLoop
 from megatron_r1.train.micro_batches import Batcher

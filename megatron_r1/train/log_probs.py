@@ -6,7 +6,7 @@ Gives the old-policy and the reference log-probs of the loss.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -16,10 +16,12 @@ from megatron_r1.data.batching import MicroBatch, unpad
 from megatron_r1.model.routing import whole_rows
 from megatron_r1.parallel.context import zigzag
 from megatron_r1.parallel.world import World
+from megatron_r1.train.frozen import FrozenModel
 from megatron_r1.train.micro_batches import Batcher
 from megatron_r1.train.scoring import by_sequence, score_tokens
-from megatron_r1.train.trainer import Trainer
 from megatron_r1.types import Sample
+
+Value = TypeVar("Value")
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,7 +50,7 @@ class Scored:
 
 @torch.no_grad()
 def compute_log_probs(
-    trainer: Trainer,
+    model: FrozenModel,
     samples: list[Sample],
     batcher: Batcher,
     *,
@@ -61,7 +63,7 @@ def compute_log_probs(
     record: also return the experts that every token was routed to; replay: route as the samples' routed_experts say.
     Every rank passes the same samples and gets the same result, in their order. Collective.
     """
-    world = trainer.world
+    world = model.world
     # Without loss masks, which would leave out response tokens.
     bare = [
         Sample(
@@ -72,23 +74,23 @@ def compute_log_probs(
         for sample in samples
     ]
     mine = batcher(bare)
-    for chunk in trainer.chunks:
+    for chunk in model.chunks:
         chunk.eval()
-    outputs = trainer.run_schedule(mine, _LogProbs(temperature), forward_only=True, record=record)
+    outputs = model.run_schedule(mine, _LogProbs(temperature), forward_only=True, record=record)
     found: dict[int, list[float]] = {}
     for output, batch in zip(outputs, mine if outputs else [], strict=True):
         # Each context rank knows its tokens, and 0 of the others'.
         found.update(unpad(world.sum_over_context(output["log_probs"]), batch, bare))
-    experts = _recorded(trainer, mine, bare) if record else {}
+    experts = _recorded(model, mine, bare) if record else {}
     everywhere: dict[int, Scored] = {}
-    for log_probs, routed in world.all_gather_replicas((_from_last_stage(found, world), experts)):
+    for log_probs, routed in world.all_gather_replicas((from_last_stage(found, world), experts)):
         everywhere.update({i: Scored(values, routed.get(i)) for i, values in log_probs.items()})
     return [everywhere[i] for i in range(len(samples))]
 
 
-def _recorded(trainer: Trainer, batches: list[MicroBatch], samples: list[Sample]) -> dict[int, np.ndarray]:
+def _recorded(model: FrozenModel, batches: list[MicroBatch], samples: list[Sample]) -> dict[int, np.ndarray]:
     """Experts of every token of this replica's samples, in all layers, on all ranks of the replica. Collective."""
-    world, taps = trainer.world, trainer.taps
+    world, taps = model.world, model.taps
     tensor_group = world.tensor_group if world.layout.shards_sequence else None
     found: dict[int, np.ndarray] = {}
     for batch, experts_NLk in zip(batches, taps.recorded(), strict=True):
@@ -115,7 +117,8 @@ def _whole_sequences(values_BTKk: torch.Tensor, batch: MicroBatch, world: World)
     return whole
 
 
-def _from_last_stage(value: dict[int, list[float]], world: World) -> dict[int, list[float]]:
+def from_last_stage(value: Value, world: World) -> Value:
+    """What the last pipeline stage has, on all ranks of its pipeline. Collective."""
     if world.layout.pipeline == 1:
         return value
     box = [value]

@@ -12,7 +12,7 @@ from typing import Any
 from megatron_r1.checkpoint import folders
 from megatron_r1.checkpoint import io as checkpoint_io
 from megatron_r1.config.errors import RunFailed
-from megatron_r1.config.run import TrainStage
+from megatron_r1.config.stages import TrainStage
 from megatron_r1.model.reference import Reference
 from megatron_r1.observe.metrics import MetricsWriter, read_metrics
 from megatron_r1.observe.progress import Progress

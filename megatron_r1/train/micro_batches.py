@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from megatron_r1.config.run import TrainStage
+from megatron_r1.config.stages import TrainStage
 from megatron_r1.data.batching import MicroBatch, make_micro_batches
 from megatron_r1.model.precision import row_alignment, row_multiple
 from megatron_r1.parallel.world import World
@@ -32,7 +32,7 @@ class Batcher:
     @classmethod
     def of(cls, stage: TrainStage, context: RunContext, together: int = 1) -> Batcher:
         """As the stage's recipe says."""
-        multiple = row_multiple(context.config.model.precision)
+        multiple = row_multiple(context.model.precision)
         pad_id = context.tokenizer.pad_id
         return cls(context.world, stage.micro_batch_tokens, pad_id, stage.packing, multiple, together)
 

@@ -100,6 +100,7 @@ class PolicyObjective:
         "clip_low",
         "clip_high",
         "dual_clip",
+        "kl_k1",
         "kl_k3",
         "entropy",
         "mtp_nll",

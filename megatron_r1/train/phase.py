@@ -8,27 +8,29 @@ from __future__ import annotations
 import dataclasses
 import logging
 import random
-import statistics
 import time
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 
 from megatron_r1.algorithms.advantage import group_advantages
-from megatron_r1.algorithms.filters import filter_no_signal, signal
-from megatron_r1.algorithms.pass_at_k import majority_vote
+from megatron_r1.algorithms.filters import filter_no_signal
 from megatron_r1.algorithms.shaping import overlong_penalty
 from megatron_r1.config.errors import RunFailed
 from megatron_r1.config.grpo import AdvantageConfig
-from megatron_r1.config.run import GrpoStage
-from megatron_r1.data.cursor import PromptCursor
+from megatron_r1.config.optim import SamplingConfig
+from megatron_r1.config.stages import GrpoStage
+from megatron_r1.data.prompt_mix import PromptMix
 from megatron_r1.parallel.world import World
-from megatron_r1.rewards.language import language_metrics
-from megatron_r1.rewards.mixer import Scorer
+from megatron_r1.rewards.mixer import NOT_JUDGED, Scorer
 from megatron_r1.rollout.engine import Progress, RolloutEngine
-from megatron_r1.types import Group, Prompt, Sample
+from megatron_r1.train.phase_metrics import group_metrics
+from megatron_r1.train.reward_models import RewardModels
+from megatron_r1.types import Completion, Group, Prompt, Sample
 
 logger = logging.getLogger(__name__)
 
@@ -86,27 +88,33 @@ class Rollout:
 
 def sample_groups(
     stage: GrpoStage,
-    cursor: PromptCursor,
+    prompts: PromptMix,
+    step: int,
     engine: RolloutEngine,
     scorer: Scorer,
     world: World,
     seed: int,
     progress: Progress | None,
+    models: RewardModels | None = None,
 ) -> Rollout:
-    """Sample and score one phase, the same on every rank and in prompt order. Collective.
+    """Sample and score the phase that begins after `step` optimizer steps, the same on every rank and in prompt order.
+    Collective.
 
     With dynamic sampling, groups without signal are replaced by those of further prompts, for at most
     max_resampling rounds. Where dropping leaves no group at all, further prompts are sampled in any case; raises
-    NoSignal when that goes on.
+    NoSignal when that goes on. models: those of the stage's rewards, where it has any.
     """
-    grpo = stage.grpo
+    grpo, judge = stage.grpo, partial(_judge, stage, scorer, step)
+    value = None if models is None else partial(models.value, step=step)
     groups: list[Group] = []
     kept: list[Group] = []
     spent = {"time/rollout": 0.0, "time/reward": 0.0}
     rounds = 0
     while not kept or (grpo.dynamic_sampling and len(kept) < grpo.prompts and rounds < grpo.max_resampling):
-        prompts = distinct(cursor.take(grpo.prompts))
-        found = _one_round(stage, prompts, engine, scorer, world, seed + rounds, progress, spent)
+        asked = distinct(prompts.take(grpo.prompts, step, stage.steps))
+        found = sample_round(
+            asked, grpo.group_size, stage.sampling, engine, world, seed + rounds, judge, progress, spent, value
+        )
         groups += found
         kept += filter_no_signal(found, grpo.no_signal).kept
         rounds += 1
@@ -119,8 +127,9 @@ def sample_groups(
     kept = kept[: grpo.prompts]
     # A checkpoint in the middle of the phase holds these metrics, so they must not differ between ranks.
     spent = {name: world.largest(seconds) for name, seconds in spent.items()}
-    metrics = {**spent, **group_metrics(groups), "groups/dropped": float(len(groups) - len(kept))}
+    metrics = {**spent, **group_metrics(groups, stage.reward), "groups/dropped": float(len(groups) - len(kept))}
     metrics["groups/rounds"] = float(rounds)
+    metrics |= {} if models is None else models.metrics()
     metrics["rollout/tokens_per_second"] = metrics["rollout/tokens"] / max(1e-9, spent["time/rollout"])
     return Rollout(groups, kept, metrics)
 
@@ -145,32 +154,48 @@ def distinct(prompts: list[Prompt]) -> list[Prompt]:
     return renamed
 
 
-def _one_round(
-    stage: GrpoStage,
+def sample_round(
     prompts: list[Prompt],
+    n: int,
+    sampling: SamplingConfig,
     engine: RolloutEngine,
-    scorer: Scorer,
     world: World,
     seed: int,
+    judge: Callable[[list[Group]], None],
     progress: Progress | None,
     spent: dict[str, float],
+    value: Callable[[list[Group]], None] | None = None,
 ) -> list[Group]:
+    """Sample n completions of each prompt and judge them; the replicas share the prompts, and every rank gets all
+    groups, in the order of the prompts. Collective.
+
+    prompts: a multiple of the replicas. value: before that, fills in the values of reward models, on all ranks. judge:
+    fills in the scores of a replica's groups, on one of its ranks. spent: the seconds of sampling and of both others
+    are added to its "time/rollout" and "time/reward".
+    """
     mine = prompts[world.replica_rank :: world.replicas]
     began = time.monotonic()
-    completions = engine.generate(mine, stage.grpo.group_size, stage.sampling, seed, progress)
+    completions = engine.generate(mine, n, sampling, seed, progress)
     spent["time/rollout"] += time.monotonic() - began
     began = time.monotonic()
     groups = [Group(prompt=p, completions=c) for p, c in zip(mine, completions, strict=True)]
+    if value is not None:
+        value(groups)
     if world.is_leader:
-        stats = scorer.score_groups(groups)
-        if stats.unknown:
-            logger.warning("verdicts unknown, by reason: %s", stats.unknown)
-        _shape_overlong(groups, stage)
+        judge(groups)
     # One rank of a replica judges and tells the others: a verifier that misses its deadline on one rank only must
     # not give tensor-parallel ranks different advantages.
     shares = world.all_gather_replicas(world.broadcast_in_replica(groups))
     spent["time/reward"] += time.monotonic() - began
     return [shares[i % world.replicas][i // world.replicas] for i in range(len(prompts))]
+
+
+def _judge(stage: GrpoStage, scorer: Scorer, step: int, groups: list[Group]) -> None:
+    stats = scorer.score_groups(groups, step, stage.steps)
+    unknown = {reason: number for reason, number in stats.unknown.items() if reason != NOT_JUDGED}
+    if unknown:
+        logger.warning("verdicts unknown, by reason: %s", unknown)
+    _shape_overlong(groups, stage)
 
 
 def _shape_overlong(groups: list[Group], stage: GrpoStage) -> None:
@@ -194,16 +219,19 @@ def group_samples(groups: list[Group], config: AdvantageConfig) -> list[Sample]:
     samples: list[Sample] = []
     for group in groups:
         for completion, advantage in zip(group.completions, advantages_of(group, config), strict=True):
-            samples.append(
-                Sample(
-                    token_ids=[*group.prompt.token_ids, *completion.token_ids],
-                    prompt_length=len(group.prompt.token_ids),
-                    advantage=advantage,
-                    rollout_log_probs=completion.log_probs,
-                    routed_experts=completion.routed_experts,
-                )
-            )
+            samples.append(to_sample(group.prompt, completion, advantage))
     return samples
+
+
+def to_sample(prompt: Prompt, completion: Completion, advantage: float) -> Sample:
+    """What is trained on of one completion."""
+    return Sample(
+        token_ids=[*prompt.token_ids, *completion.token_ids],
+        prompt_length=len(prompt.token_ids),
+        advantage=advantage,
+        rollout_log_probs=completion.log_probs,
+        routed_experts=completion.routed_experts,
+    )
 
 
 def minibatch_order(count: int, minibatches: int, epochs: int, seed: int) -> list[list[int]]:
@@ -215,52 +243,3 @@ def minibatch_order(count: int, minibatches: int, epochs: int, seed: int) -> lis
         draw.shuffle(indices)
         order += [part for i in range(minibatches) if (part := indices[i::minibatches])]
     return order
-
-
-def group_metrics(groups: list[Group]) -> dict[str, float]:
-    """Means over all completions of a phase, dropped groups included."""
-    completions = [c for group in groups for c in group.completions]
-    lengths = [len(c.token_ids) for c in completions]
-    scores = [c.score for c in completions if c.score is not None]
-    correct = [score.verdict.status == "correct" for score in scores]
-    metrics = {
-        "reward/mean": _mean([score.total for score in scores]),
-        "reward/std": _mean([statistics.pstdev(group.rewards) for group in groups]),
-        "reward/accuracy": _mean(correct),
-        "reward/majority": _mean([_majority_is_right(group) for group in groups]),
-        "rollout/length": _mean(lengths),
-        "rollout/length_max": float(max(lengths)),
-        "rollout/truncated": _mean([c.finish_reason == "length" for c in completions]),
-        "rollout/completions": float(len(completions)),
-        "rollout/tokens": float(sum(lengths)),
-        "verdict/unknown": _mean([score.verdict.status == "unknown" for score in scores]),
-        "groups/no_signal": _mean([not signal(group).keep for group in groups]),
-        "groups/all_correct": _mean([all(_statuses(group, "correct")) for group in groups]),
-        "groups/all_wrong": _mean([not any(_statuses(group, "correct")) for group in groups]),
-        **language_metrics(groups, "reward/language"),
-    }
-    if scores and "format" in scores[0].parts:
-        metrics["reward/format"] = _mean([score.parts["format"] != 0 for score in scores])
-    if scores and "overlong" in scores[0].parts:
-        metrics["reward/overlong"] = _mean([score.parts["overlong"] for score in scores])
-    for name, wanted in (("rollout/length_correct", True), ("rollout/length_wrong", False)):
-        part = [n for n, c in zip(lengths, correct, strict=True) if c is wanted]
-        if part:
-            metrics[name] = _mean(part)
-    return metrics
-
-
-def _statuses(group: Group, status: str) -> list[bool]:
-    return [c.score is not None and c.score.verdict.status == status for c in group.completions]
-
-
-def _majority_is_right(group: Group) -> bool:
-    verdicts = [c.score.verdict for c in group.completions if c.score is not None]
-    winner = majority_vote([verdict.extracted for verdict in verdicts])
-    return winner is not None and any(
-        verdict.extracted == winner and verdict.status == "correct" for verdict in verdicts
-    )
-
-
-def _mean(values: list[Any]) -> float:
-    return float(sum(values)) / len(values) if values else 0.0

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from megatron_r1.config.run import PretrainStage
+from megatron_r1.config.stages import PretrainStage
 from megatron_r1.data.text_batches import TextBatches
 from megatron_r1.train.context import RunContext
 from megatron_r1.train.language_model import train_language_model
@@ -17,7 +17,7 @@ def pretrain(stage: PretrainStage, context: RunContext, start: Path | None) -> d
     start: checkpoint whose weights it begins with; None: fresh ones.
     """
     trainer = Trainer(
-        context.arch, context.config.model, context.world, stage.optimizer, stage.steps, train_mtp=stage.mtp_loss > 0
+        context.arch, context.model, context.world, stage.optimizer, stage.steps, train_mtp=stage.mtp_loss > 0
     )
     batches = TextBatches(
         stage.corpus,
@@ -26,5 +26,6 @@ def pretrain(stage: PretrainStage, context: RunContext, start: Path | None) -> d
         steps=stage.steps,
         seed=context.config.seed,
         exclude=context.heldout,
+        interleave=stage.interleave,
     )
     return train_language_model(stage, context, start, trainer, batches, batches.take)

@@ -1,7 +1,9 @@
-"""A reward model from preference pairs: the trunk of the policy learns, with a scalar head, which answer is preferred.
+"""A reward model: the trunk of the policy learns, with a scalar head, which answer is preferred (from preference pairs)
+or which one is good (from labelled answers).
 
-The loop: pairs -> optimizer step -> metrics -> checkpoint. DeepSeek-R1's helpful reward model (arXiv 2501.12948, v2
-appendix B.2) is R1 itself with such a head: batch 256, learning rate 6e-6, one epoch, at most 8,192 tokens.
+The loop: pairs or labels -> optimizer step -> metrics -> checkpoint. DeepSeek-R1's helpful and safety reward models
+(arXiv 2501.12948, v2 appendix B.2) are R1 itself with such a head: batch 256, learning rate 6e-6, one epoch, at most
+8,192 tokens.
 """
 
 from __future__ import annotations
@@ -10,25 +12,36 @@ import logging
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
-from megatron_r1.config.run import RewardModelStage
+from megatron_r1.config.stages import RewardModelStage
 from megatron_r1.data.heldout import heldout_ids
-from megatron_r1.data.preference_pairs import PairBatches, PreferencePairs, sequences
+from megatron_r1.data.labelled_answers import LabelledAnswers
+from megatron_r1.data.preference_pairs import PreferencePairs
+from megatron_r1.data.reward_rows import RewardBatches, RewardRows, fits, sequences
 from megatron_r1.data.tokenizers import Tokenizer
+from megatron_r1.parallel.world import World
 from megatron_r1.train.context import RunContext
 from megatron_r1.train.loop import StageLoop
 from megatron_r1.train.micro_batches import Batcher
-from megatron_r1.train.reward_objective import RewardObjective
+from megatron_r1.train.reward_objective import PointwiseObjective, RewardObjective
 from megatron_r1.train.trainer import Trainer
-from megatron_r1.types import PreferencePair, Sample
+from megatron_r1.types import LabelledAnswer, PreferencePair
 
 logger = logging.getLogger(__name__)
 
 HELDOUT = ("reward_model/heldout_accuracy", "reward_model/heldout_loss")
+CLOSING = (
+    "loss/pairwise",
+    "loss/pointwise",
+    *(f"reward_model/{name}" for name in ("accuracy", "margin", "good", "bad")),
+)
+
+Items = Sequence[PreferencePair] | Sequence[LabelledAnswer]
 
 
 def reward_model(stage: RewardModelStage, context: RunContext, start: Path | None) -> dict[str, float]:
-    """Run or resume the stage; returns loss, accuracy and margin of its last step. Collective.
+    """Run or resume the stage; returns loss, accuracy and mean values of its last step. Collective.
 
     start: checkpoint whose weights it begins with, of a language model (the head is then new) or a reward model; None:
     fresh weights.
@@ -36,7 +49,7 @@ def reward_model(stage: RewardModelStage, context: RunContext, start: Path | Non
     world, tokenizer = context.world, context.tokenizer
     trainer = Trainer(
         context.arch,
-        context.config.model,
+        context.model,
         world,
         stage.optimizer,
         stage.steps,
@@ -44,71 +57,89 @@ def reward_model(stage: RewardModelStage, context: RunContext, start: Path | Non
         expert_bias_frozen=True,  # the experts stay where the language model left them
         scalar_head=True,
     )
-    batcher = Batcher.of(stage, context, together=2)
+    batcher = Batcher.of(stage, context, together=2 if stage.loss == "pairwise" else 1)
     longest = stage.longest(context.arch["max_position_embeddings"])
-    heldout = _heldout_pairs(stage, tokenizer, longest)
-    source = PreferencePairs(stage.pairs, tokenizer)
-    pairs = PairBatches(
+    source, measured_on = open_sources(stage, tokenizer)
+    heldout = _short_enough(measured_on, longest)
+    rows: RewardBatches[Any] = RewardBatches(
         source,
-        shuffle=stage.pairs.shuffle,
+        shuffle=source.config.shuffle,
         seed=context.config.seed,
-        exclude=context.heldout | heldout_ids(pair.question for pair in heldout),
+        exclude=context.heldout | heldout_ids(item.question for item in heldout),
         max_tokens=longest,
     )
-    logger.info("%d pairs: %.2f epochs in %d steps", len(source), stage.steps * stage.batch / len(source), stage.steps)
+    epochs = stage.steps * stage.batch / len(source)
+    logger.info("%d %ss: %.2f epochs in %d steps", len(source), source.thing, epochs, stage.steps)
     with StageLoop(stage, context, trainer) as loop:
         state = loop.resume(start)
         if state is not None:
-            pairs.restore(state["pairs"])
+            rows.restore(state[source.config.table])
         while trainer.step < stage.steps:
             began = time.monotonic()
-            samples = sequences(pairs.take(stage.batch))
-            objective = RewardObjective(pairs=stage.batch, tokens=_tokens(samples), world=world)
+            items = rows.take(stage.batch)
+            samples, objective = sequences(items), _objective(items, world)
             result = trainer.train_step(batcher(samples), objective)
             loop.check_finite(result, samples)
             seconds = time.monotonic() - began
-            means = {name: value / stage.batch for name, value in result.sums.items()}
             measured = _measure(heldout, trainer, batcher) if heldout and trainer.step == stage.steps else {}
             loop.log(
                 {
                     **measured,
-                    "loss/pairwise": means["loss"],
-                    "reward_model/accuracy": means["correct"],
-                    "reward_model/margin": means["chosen"] - means["rejected"],
-                    "reward_model/chosen": means["chosen"],
-                    "reward_model/rejected": means["rejected"],
+                    **objective.metrics(result.sums),
                     **result.routing,
                     "optim/grad_norm": result.grad_norm,
                     "optim/lr": result.lr,
                     "train/tokens": float(objective.tokens),
                     "train/tokens_per_second": objective.tokens / seconds,
-                    "data/held_out_skips": float(pairs.excluded),
-                    "data/too_long": float(pairs.too_long),
+                    "data/held_out_skips": float(rows.excluded),
+                    "data/too_long": float(rows.too_long),
                     "time/step": seconds,
                 }
             )
-            loop.end_of_step(lambda: {"pairs": pairs.state()})
-        return loop.closing("loss/pairwise", "reward_model/accuracy", "reward_model/margin", *HELDOUT)
+            loop.end_of_step(lambda: {source.config.table: rows.state()})
+        return loop.closing(*CLOSING, *HELDOUT)
 
 
-def _tokens(samples: Sequence[Sample]) -> int:
-    return sum(len(sample.token_ids) for sample in samples)
+def open_sources(
+    stage: RewardModelStage, tokenizer: Tokenizer
+) -> tuple[RewardRows[Any, Any], RewardRows[Any, Any] | None]:
+    """What the stage trains on, and what it is measured on at its end.
+
+    Raises:
+        UserError: as `RewardRows`.
+    """
+    if stage.loss == "pairwise" and stage.pairs is not None:
+        return (
+            PreferencePairs(stage.pairs, tokenizer),
+            None if stage.heldout is None else PreferencePairs(stage.heldout, tokenizer),
+        )
+    if stage.labels is None:
+        raise ValueError(f"stage {stage.name} has no data; its table is checked when it is loaded")
+    return (
+        LabelledAnswers(stage.labels, tokenizer),
+        None if stage.heldout_labels is None else LabelledAnswers(stage.heldout_labels, tokenizer),
+    )
 
 
-def _heldout_pairs(stage: RewardModelStage, tokenizer: Tokenizer, longest: int) -> list[PreferencePair]:
-    """The held-out pairs that are short enough to be scored as training scores."""
-    if stage.heldout is None:
+def _objective(items: Items, world: World) -> RewardObjective | PointwiseObjective:
+    """Of one global batch."""
+    tokens = sum(len(sample.token_ids) for sample in sequences(items))
+    labels = [item.good for item in items if isinstance(item, LabelledAnswer)]
+    if labels:
+        return PointwiseObjective(good=labels, tokens=tokens)
+    return RewardObjective(pairs=len(items), tokens=tokens, world=world)
+
+
+def _short_enough(source: RewardRows[Any, Any] | None, longest: int) -> list[Any]:
+    """The held-out items that are short enough to be scored as training scores."""
+    if source is None:
         return []
-    source = PreferencePairs(stage.heldout, tokenizer)
-    found = [source[i] for i in range(len(source))]
-    kept = [pair for pair in found if max(map(len, (pair.chosen.token_ids, pair.rejected.token_ids))) <= longest]
-    if len(kept) < len(found):
-        logger.info("%d of %d held-out pairs are longer than %d tokens", len(found) - len(kept), len(found), longest)
+    kept = [item for index in range(len(source)) if fits(item := source[index], longest)]
+    if left_out := len(source) - len(kept):
+        logger.info("%d of %d held-out %ss are longer than %d tokens", left_out, len(source), source.thing, longest)
     return kept
 
 
-def _measure(pairs: list[PreferencePair], trainer: Trainer, batcher: Batcher) -> dict[str, float]:
-    samples = sequences(pairs)
-    objective = RewardObjective(pairs=len(pairs), tokens=_tokens(samples), world=trainer.world)
-    sums = trainer.measure(batcher(samples), objective)
-    return dict(zip(HELDOUT, (sums["correct"] / len(pairs), sums["loss"] / len(pairs)), strict=True))
+def _measure(items: Items, trainer: Trainer, batcher: Batcher) -> dict[str, float]:
+    sums = trainer.measure(batcher(sequences(items)), _objective(items, trainer.world))
+    return dict(zip(HELDOUT, (sums["correct"] / len(items), sums["loss"] / len(items)), strict=True))

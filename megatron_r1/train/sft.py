@@ -10,7 +10,7 @@ from __future__ import annotations
 import logging
 from pathlib import Path
 
-from megatron_r1.config.run import SftStage
+from megatron_r1.config.stages import SftStage
 from megatron_r1.data.conversations import ConversationBatches, open_batches, open_heldout, questions_of
 from megatron_r1.train.context import RunContext
 from megatron_r1.train.language_model import Measure, heldout_loss, train_language_model
@@ -26,7 +26,7 @@ def sft(stage: SftStage, context: RunContext, start: Path | None) -> dict[str, f
     """
     trainer = Trainer(
         context.arch,
-        context.config.model,
+        context.model,
         context.world,
         stage.optimizer,
         stage.steps,

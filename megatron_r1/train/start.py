@@ -11,12 +11,12 @@ from megatron_r1.config.errors import UserError
 from megatron_r1.convert.load import load_into
 from megatron_r1.convert.source import open_source
 from megatron_r1.model.scalar_head import HEAD, RewardModel
-from megatron_r1.train.trainer import Trainer
+from megatron_r1.train.frozen import FrozenModel
 
 logger = logging.getLogger(__name__)
 
 
-def load_start(path: Path, trainer: Trainer) -> None:
+def load_start(path: Path, model: FrozenModel) -> None:
     """Load only the model's weights. Collective.
 
     path: a checkpoint that a training stage wrote, or a Hugging Face folder, or a torch_dist or legacy checkpoint that
@@ -24,13 +24,13 @@ def load_start(path: Path, trainer: Trainer) -> None:
     starts from a language model keeps its own head. Raises UserError for weights of another model.
     """
     if folders.of_training(path):
-        checkpoint_io.load_weights(path, trainer)
+        checkpoint_io.load_weights(path, model)
         return
-    source = open_source(path, trainer.arch, predictions=bool(trainer.config.mtp_num_layers))
-    left = load_into(trainer.models, source, checkpoint_io.sharding_metadata(trainer.world))
+    source = open_source(path, model.arch, predictions=bool(model.config.mtp_num_layers))
+    left = load_into(model.models, source, checkpoint_io.sharding_metadata(model.world))
     if unknown := [key for key in left if key != HEAD]:
         raise UserError(f"{path} has no weights for {', '.join(unknown[:6])} of this model")
-    if isinstance(trainer.models[0], RewardModel):
+    if isinstance(model.models[0], RewardModel):
         logger.info("%s holds a language model: the scalar head of the reward model is new", path)
     logger.info("weights read from %s (%s)", path, source.archive.kind)
-    trainer.optimizer.reload_model_params()
+    model.weights_changed()

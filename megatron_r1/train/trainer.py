@@ -8,25 +8,21 @@ are Megatron-Core's.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import partial
-from typing import Any
 
 import torch
 import torch.distributed as dist
 from megatron.core.distributed import finalize_model_grads
-from megatron.core.pipeline_parallel import get_forward_backward_func
 
 from megatron_r1.config.model import ModelConfig
 from megatron_r1.config.optim import OptimizerConfig
 from megatron_r1.data.batching import MicroBatch
 from megatron_r1.model import routing_stats
-from megatron_r1.model.build import build_model, unwrap
-from megatron_r1.model.gpt import PolicyModel
+from megatron_r1.model.build import unwrap
 from megatron_r1.model.presets import Architecture
-from megatron_r1.model.routing import RoutingTaps, local_tokens
 from megatron_r1.parallel.world import World
+from megatron_r1.train.frozen import FrozenModel
 from megatron_r1.train.objectives import Objective
 from megatron_r1.train.optimizer import build_optimizer, build_schedule, data_parallel, take_step
 
@@ -47,7 +43,7 @@ class StepResult:
         return all(math.isfinite(x) for x in (*self.sums.values(), *self.maxima.values(), self.grad_norm))
 
 
-class Trainer:
+class Trainer(FrozenModel):
     """Model chunks under DistributedDataParallel, their optimizer and schedule."""
 
     def __init__(
@@ -62,18 +58,14 @@ class Trainer:
         expert_bias_frozen: bool = False,
         scalar_head: bool = False,
     ) -> None:
-        self.arch, self.world = arch, world
-        self.step = 0  # optimizer steps taken; also the version of the weights
-        chunks = build_model(arch, model, world, scalar_head=scalar_head)
-        self.config = unwrap(chunks[0]).config
+        super().__init__(arch, model, world, scalar_head=scalar_head, trained=True)
         if expert_bias_frozen:
             self.config.moe_router_bias_update_rate = 0.0
         # Tokens beyond the next one that training predicts too.
         self.mtp_depths = int(self.config.mtp_num_layers or 0) if train_mtp else 0
         if not train_mtp:
-            _freeze_mtp(chunks)
-        self.taps = RoutingTaps(chunks)
-        self.chunks = data_parallel(chunks, self.config, world, optimizer)
+            _freeze_mtp(self.chunks)
+        self.chunks = [*data_parallel(self.chunks, self.config, world, optimizer)]
         self.optimizer = build_optimizer(optimizer, model, self.chunks, world)
         self.schedule = build_schedule(self.optimizer, optimizer, steps)
         self.config.grad_scale_func = self.optimizer.scale_loss
@@ -82,10 +74,9 @@ class Trainer:
             no_sync = [chunk.no_sync for chunk in self.chunks]
             self.config.no_sync_func = no_sync if len(no_sync) > 1 else no_sync[0]
 
-    @property
-    def models(self) -> list[PolicyModel]:
-        """The bare models, one a virtual stage."""
-        return [unwrap(chunk) for chunk in self.chunks]
+    def weights_changed(self) -> None:
+        """The optimizer's master weights follow."""
+        self.optimizer.reload_model_params()
 
     def train_step(self, batches: Sequence[MicroBatch], objective: Objective) -> StepResult:
         """One optimizer step over this replica's micro-batches. Collective.
@@ -94,7 +85,7 @@ class Trainer:
         """
         for chunk in self.chunks:
             chunk.train()
-            chunk.zero_grad_buffer()
+            chunk.zero_grad_buffer()  # type: ignore[operator]  # they are DistributedDataParallel
         self.optimizer.zero_grad()
         outputs = self.run_schedule(batches, objective, forward_only=False)
         sums = self._reduce(outputs, objective.metric_names, dist.ReduceOp.SUM)
@@ -105,54 +96,6 @@ class Trainer:
         self.step += 1
         return StepResult(sums, maxima, grad_norm=grad_norm, lr=lr, routing=self._routing())
 
-    @torch.no_grad()
-    def measure(self, batches: Sequence[MicroBatch], objective: Objective) -> dict[str, float]:
-        """The objective's sums over the global batch, without a step; equal on all ranks. Collective."""
-        for chunk in self.chunks:
-            chunk.eval()
-        return self._reduce(
-            self.run_schedule(batches, objective, forward_only=True), objective.metric_names, dist.ReduceOp.SUM
-        )
-
-    def run_schedule(
-        self, batches: Sequence[MicroBatch], objective: Objective, *, forward_only: bool, record: bool = False
-    ) -> list[Any]:
-        """Megatron's pipeline schedule over these micro-batches; the last stage's results, [] elsewhere.
-
-        record: keep the routers' choices, for `taps.recorded()`.
-        """
-
-        def forward_step(batch_iterator: Iterator[MicroBatch], chunk: torch.nn.Module) -> tuple[torch.Tensor, Any]:
-            batch = next(batch_iterator)
-            self._announce(batch, record)
-            return objective.forward(chunk, batch), partial(_call_loss, objective, batch)
-
-        iterators = [iter(batches) for _ in self.chunks]
-        many = len(self.chunks) > 1
-        rows, length = batches[0].tokens_BT.shape
-        return get_forward_backward_func()(
-            forward_step_func=forward_step,
-            data_iterator=iterators if many else iterators[0],
-            model=self.chunks if many else self.chunks[0],
-            num_microbatches=len(batches),
-            seq_length=length * self.world.layout.context,  # of the whole rows
-            micro_batch_size=rows,
-            forward_only=forward_only,
-        )
-
-    def _announce(self, batch: MicroBatch, record: bool) -> None:
-        """Tell the routers which of their tokens are padding, and which experts to replay."""
-        if not self.taps.model_layers:
-            return
-        size = self.world.layout.tensor if self.world.layout.shards_sequence else 1
-        rank = self.world.tensor_rank if size > 1 else 0
-        experts = batch.experts_BTKk
-        self.taps.begin(
-            local_tokens(batch.valid_BT, rank, size),
-            None if experts is None else local_tokens(experts, rank, size),
-            record=record,
-        )
-
     def _routing(self) -> dict[str, float]:
         if not self.taps.model_layers:
             return {}
@@ -160,24 +103,6 @@ class Trainer:
         own_tokens = self.world.layout.shards_sequence or self.world.tensor_rank == 0
         stats = routing_stats.reduce(self.taps.collect(), self.taps.model_layers, self.world.device, own_tokens)
         return routing_stats.metrics(stats)
-
-    def _reduce(self, outputs: list[dict[str, torch.Tensor]], names: Sequence[str], operation: Any) -> dict[str, float]:
-        """The metrics over micro-batches, replicas and context ranks, known to every pipeline stage.
-
-        Every one is at least 0 where it is reduced by maximum: ranks without a result count as 0.
-        """
-        if not names:
-            return {}
-        total = torch.zeros(len(names), dtype=torch.float64, device=self.world.device)
-        if self.world.is_last_stage and self.world.tensor_rank == 0:
-            rows = torch.stack([torch.stack([row[name].detach().double() for name in names]) for row in outputs])
-            total = rows.amax(0) if operation == dist.ReduceOp.MAX else rows.sum(0)
-        dist.all_reduce(total, op=operation)
-        return dict(zip(names, total.tolist(), strict=True))
-
-
-def _call_loss(objective: Objective, batch: MicroBatch, output: torch.Tensor) -> Any:
-    return objective.loss(output, batch)
 
 
 def _freeze_mtp(chunks: list[torch.nn.Module]) -> None:

@@ -1,4 +1,4 @@
-"""What the worlds of the reward-model tests compute: fixed pairs through the real trainer."""
+"""What the worlds of the reward-model tests compute: fixed pairs, or labelled answers, through the real trainer."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from megatron_r1.config.model import ModelConfig
 from megatron_r1.model.presets import architecture
 from megatron_r1.parallel.world import World
 from megatron_r1.train.micro_batches import Batcher
-from megatron_r1.train.reward_objective import RewardObjective
+from megatron_r1.train.reward_objective import PointwiseObjective, RewardObjective
 from megatron_r1.train.trainer import Trainer
 from megatron_r1.types import Sample
 from tests.dist.workload import OPTIMIZER, TOKENIZER
@@ -36,6 +36,7 @@ class Job:
     preset: str = "tiny-moe"
     saved: str = ""
     packed: bool = True
+    pointwise: bool = False  # the same sequences, each a labelled answer of its own
 
 
 def pairs(seed: int) -> list[Sample]:
@@ -50,8 +51,14 @@ def pairs(seed: int) -> list[Sample]:
     return made
 
 
-def objective_of(batch: list[Sample], world: World) -> RewardObjective:
-    return RewardObjective(PAIRS, sum(len(sample.token_ids) for sample in batch), world)
+def labels(batch: list[Sample]) -> list[bool]:
+    """By the last token, so that no two neighbours need be of one pair."""
+    return [sample.token_ids[-1] % 3 == 0 for sample in batch]
+
+
+def objective_of(batch: list[Sample], world: World, pointwise: bool = False) -> RewardObjective | PointwiseObjective:
+    tokens = sum(len(sample.token_ids) for sample in batch)
+    return PointwiseObjective(labels(batch), tokens) if pointwise else RewardObjective(PAIRS, tokens, world)
 
 
 def make_trainer(world: World, preset: str, *, scalar_head: bool = True) -> Trainer:
@@ -70,6 +77,7 @@ def one_process(world: World, root: str) -> dict[str, History]:
         head.data.copy_(0.05 * torch.randn(head.shape, generator=torch.Generator().manual_seed(5)))
         checkpoint_io.save(Path(root) / preset / "start", trainer, {}, None, keep=1)
         found[preset] = train(world, root, Job("train", preset, "one")) + run(world, Job("resume", preset), root)
+        found[f"{preset} pointwise"] = train(world, root, Job("train", preset, "one-pointwise", pointwise=True))
     language_model = make_trainer(world, "tiny-moe", scalar_head=False)
     checkpoint_io.save(Path(root) / "tiny-moe" / "language-model", language_model, {}, None, keep=1)
     return found
@@ -81,7 +89,7 @@ def run(world: World, job: Job, root: str) -> History:
     if job.what == "resume":
         trainer = make_trainer(world, job.preset)
         checkpoint_io.load(folders.folder(Path(root) / job.preset / "one", STEPS), trainer, None)
-        return [one_step(trainer, STEPS, job.packed)]
+        return [one_step(trainer, STEPS, job)]
     return from_language_model(world, Path(root) / job.preset, job)
 
 
@@ -89,16 +97,17 @@ def train(world: World, root: str, job: Job) -> History:
     """From the common start; the state after the last step is saved."""
     trainer = make_trainer(world, job.preset)
     checkpoint_io.load_weights(folders.folder(Path(root) / job.preset / "start", 0), trainer)
-    history = [one_step(trainer, seed, job.packed) for seed in range(STEPS)]
+    history = [one_step(trainer, seed, job) for seed in range(STEPS)]
     checkpoint_io.save(Path(root) / job.preset / job.saved, trainer, {}, None, keep=1)
     return history
 
 
-def one_step(trainer: Trainer, seed: int, packed: bool) -> tuple[float, float, float]:
+def one_step(trainer: Trainer, seed: int, job: Job) -> tuple[float, float, float]:
     batch = pairs(seed)
-    cut = Batcher(trainer.world, 160, pad_id=0, packed=packed, together=2)(batch)
-    result = trainer.train_step(cut, objective_of(batch, trainer.world))
-    return result.sums["loss"] / PAIRS, result.sums["correct"] / PAIRS, result.grad_norm
+    together, items = (1, 2 * PAIRS) if job.pointwise else (2, PAIRS)
+    cut = Batcher(trainer.world, 160, pad_id=0, packed=job.packed, together=together)(batch)
+    result = trainer.train_step(cut, objective_of(batch, trainer.world, job.pointwise))
+    return result.sums["loss"] / items, result.sums["correct"] / items, result.grad_norm
 
 
 def from_language_model(world: World, folder: Path, job: Job) -> History:

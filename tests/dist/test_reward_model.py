@@ -33,11 +33,35 @@ TWO: dict[str, tuple[ParallelConfig, Job]] = {
     "PP2 goes on": (PP2, Job("resume")),
     "TP2 from a language model": (TP2, Job("load", saved="from-TP2")),
     "PP2 from a language model": (PP2, Job("load", saved="from-PP2")),
+    "pointwise TP2": (TP2, Job("train", saved="TP2-pointwise", pointwise=True)),
+    "pointwise PP2": (PP2, Job("train", saved="PP2-pointwise", pointwise=True)),
+    "pointwise CP2": (CP2, Job("train", saved="CP2-pointwise", pointwise=True)),
+    "pointwise DP2, padded rows": (DP2, Job("train", saved="DP2-pointwise", packed=False, pointwise=True)),
+    "pointwise EP2": (
+        ParallelConfig(data=2, expert=2),
+        Job("train", saved="EP2-pointwise", pointwise=True),
+    ),
+    "pointwise dense TP2 without sequence parallelism": (
+        ParallelConfig(data=1, tensor=2, sequence=False),
+        Job("train", "tiny-dense", "TP2-pointwise", pointwise=True),
+    ),
+    "pointwise dense PP2 x VPP2": (
+        ParallelConfig(data=1, pipeline=2, virtual_pipeline=2),
+        Job("train", "tiny-dense", "VPP2-pointwise", pointwise=True),
+    ),
 }
 FOUR: dict[str, tuple[ParallelConfig, Job]] = {
     "TP2 x CP2": (ParallelConfig(data=1, tensor=2, context=2), Job("train", saved="TP2CP2")),
     "TP2 x PP2": (ParallelConfig(data=1, tensor=2, pipeline=2), Job("train", saved="TP2PP2")),
     "PP2 x CP2 x EP2": (ParallelConfig(data=1, pipeline=2, context=2, expert=2), Job("train", saved="PP2CP2EP2")),
+    "pointwise TP2 x CP2": (
+        ParallelConfig(data=1, tensor=2, context=2),
+        Job("train", saved="TP2CP2-pointwise", pointwise=True),
+    ),
+    "pointwise PP2 x CP2 x EP2": (
+        ParallelConfig(data=1, pipeline=2, context=2, expert=2),
+        Job("train", saved="PP2CP2EP2-pointwise", pointwise=True),
+    ),
 }
 
 
@@ -70,7 +94,8 @@ def check_trained(
     for name, (_, job) in jobs.items():
         if job.what == "load":
             continue
-        expected = one[job.preset][:STEPS] if job.what == "train" else one[job.preset][STEPS:]
+        alone = one[f"{job.preset} pointwise" if job.pointwise else job.preset]
+        expected = alone[:STEPS] if job.what == "train" else alone[STEPS:]
         for (loss, accuracy, norm), (loss_one, accuracy_one, norm_one) in zip(found[name], expected, strict=True):
             assert loss == pytest.approx(loss_one, rel=0, abs=2e-6), name
             assert norm == pytest.approx(norm_one, rel=2e-5), name
@@ -81,7 +106,8 @@ def check_weights(jobs: dict[str, tuple[ParallelConfig, Job]], root: Path) -> No
     for name, (_, job) in jobs.items():
         if job.what != "train":
             continue
-        reference, found = (weights(root / job.preset / folder, STEPS) for folder in ("one", job.saved))
+        alone = "one-pointwise" if job.pointwise else "one"
+        reference, found = (weights(root / job.preset / folder, STEPS) for folder in (alone, job.saved))
         assert found.keys() == reference.keys(), name
         assert "scalar_head.weight" in found and not any("output_layer" in key for key in found), name
         largest, mean = differences(found, reference)

@@ -46,9 +46,9 @@ def test_every_stage_is_done_in_order(reference: Finished) -> None:
     states = json.loads((reference.folder / "stages.json").read_text())["stages"]
     assert [(s["name"], s["state"], s["steps_done"]) for s in states] == [
         ("pretrain", "done", 60),
-        ("eval-base", "done", 0),
+        ("eval-base", "done", 8),  # completions
         ("r1-zero", "done", GRPO_STEPS),
-        ("eval-r1-zero", "done", 0),
+        ("eval-r1-zero", "done", 8),
     ]
     for before, after in pairwise(states):
         assert before["started"] <= before["finished"] <= after["started"]
@@ -64,19 +64,27 @@ def test_checkpoints_are_kept_as_asked(reference: Finished) -> None:
 
 
 def test_the_summary(reference: Finished) -> None:
-    summary = json.loads((reference.folder / "summary.json").read_text())
-    assert set(summary) == {
-        *("pass@1_before", "pass@1", "cons@2_before", "cons@2", "mean_tokens_before", "mean_tokens"),
-        *("heldout_problems", "seconds"),
-    }
-    before, after = (lines(reference.folder / stage)[-1] for stage in ("eval-base", "eval-r1-zero"))
-    names = {"pass@1": "eval/pass_at_1", "cons@2": "eval/cons_at_k", "mean_tokens": "eval/length"}
-    for name, metric in names.items():
-        assert summary[name] == round(after[metric], 4)
-        assert summary[f"{name}_before"] == round(before[metric], 4)
-    assert summary["heldout_problems"] == 4
-    assert 0 < summary["seconds"] < 300
-    assert "4 held-out problems, 2 samples each" in reference.process.stdout
+    names = {"accuracy": "pass_at_1", "cons@2": "cons_at_k", "pass@2": "pass_at_k", "format": "format"}
+    names |= {"mean_tokens": "length", "problems": "problems"}
+    states = {s["name"]: s for s in json.loads((reference.folder / "stages.json").read_text())["stages"]}
+    expected = []
+    for trained, stage in (("pretrain", "eval-base"), ("r1-zero", "eval-r1-zero")):
+        metrics = lines(reference.folder / stage)[-1]
+        row = {"row": trained, "stage": stage} | {c: round(metrics[f"eval/{m}"], 4) for c, m in names.items()}
+        expected.append(row | {"seconds": round(states[trained]["finished"] - states[trained]["started"], 1)})
+    assert json.loads((reference.folder / "summary.json").read_text()) == expected
+    assert all(0 < row["seconds"] < 300 for row in expected)
+    at = reference.process.stdout.index("4 held-out problems, 2 samples each")
+    shown = [line.split() for line in reference.process.stdout[at:].splitlines()]
+    assert shown[1] == ["accuracy", "cons@2", "pass@2", "format", "tokens", "time"]
+    assert shown[3][:3] == ["pretrain", f"{100 * expected[0]['accuracy']:.1f}", "%"]
+    status = finish("status", reference.folder)
+    assert [line.split()[:4] for line in status.stdout.splitlines()[3:]] == [
+        ["pretrain", "pretrain", "done", "60/60"],
+        ["eval-base", "eval", "done", "8/8"],
+        ["r1-zero", "grpo", "done", f"{GRPO_STEPS}/{GRPO_STEPS}"],
+        ["eval-r1-zero", "eval", "done", "8/8"],
+    ]
 
 
 def test_evaluation_metrics_follow_from_the_completions(reference: Finished) -> None:

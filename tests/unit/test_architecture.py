@@ -30,6 +30,7 @@ ROOMS: dict[str, set[str]] = {
     "checkpoint": {"model", "parallel", "convert"},
     "algorithms": {"types", "config"},
     "rewards": {"types", "config"},
+    "judges": {"types", "config", "rewards"},
     "rollout": {"types", "config", "observe", "data"},
     "train": {
         *("model", "parallel", "algorithms", "rollout", "rewards", "data", "checkpoint", "convert", "observe"),

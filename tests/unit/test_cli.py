@@ -18,6 +18,7 @@ import pytest
 from megatron_r1 import cli
 from megatron_r1.config.errors import UserError
 from megatron_r1.config.run import RunConfig
+from megatron_r1.pipeline.decide import Choice
 from tests.unit.config.recipes import write
 
 ROOT = Path(__file__).parents[2]
@@ -34,7 +35,7 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str, Any]]:
         if config.seed == 13:
             raise UserError("seed 13 is unlucky; take 14")
 
-    def worker_main(config: RunConfig, run_dir: Path) -> int:
+    def worker_main(config: RunConfig, run_dir: Path, choice: Choice) -> int:
         seen["worker"] = (config, run_dir, os.environ["RANK"])
         return 0
 
@@ -48,7 +49,7 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str, Any]]:
         types.ModuleType("megatron_r1.pipeline.run"),
         types.ModuleType("megatron_r1.pipeline.worker"),
     )
-    run.preflight, run.with_steps = preflight, lambda config: config  # type: ignore[attr-defined]
+    run.preflight = preflight  # type: ignore[attr-defined]
     worker.main = worker_main  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, run.__name__, run)
     monkeypatch.setitem(sys.modules, worker.__name__, worker)
@@ -202,7 +203,7 @@ def test_the_parent_process_imports_nothing_heavy(tmp_path: Path) -> None:
         "from megatron_r1.model.presets import preset_names; from megatron_r1.observe import "
         "rundir\n"
         f"config = load.load(Path({str(write(tmp_path))!r}), [])\n"
-        f"cli._plan(config, 1, Path({str(tmp_path)!r})); cli.main(['config'])\n"
+        f"cli._plan(config, 1, Path({str(tmp_path)!r}), []); cli.main(['config'])\n"
         "heavy = {'torch', 'megatron', 'transformers', 'datasets', 'numpy', 'sglang'} & "
         "set(sys.modules)\n"
         "sys.exit(f'loaded: {sorted(heavy)}' if heavy else 0)"

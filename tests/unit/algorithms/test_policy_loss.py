@@ -189,6 +189,7 @@ def test_the_papers_objective_by_hand() -> None:
             "clip_low": 0,
             "clip_high": 1,
             "dual_clip": 0,
+            "kl_k1": 0.0,
             "kl_k3": 0.5,
         }
     )

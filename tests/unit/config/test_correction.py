@@ -12,7 +12,7 @@ from megatron_r1.config.departures import departures
 from megatron_r1.config.errors import UserError
 from megatron_r1.config.grpo import CorrectionConfig, MismatchLimit
 from megatron_r1.config.load import dump, load
-from megatron_r1.config.run import GrpoStage
+from megatron_r1.config.stages import GrpoStage
 from tests.unit.config.recipes import MINIMAL, write
 
 TABLES = """

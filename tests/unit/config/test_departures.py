@@ -6,8 +6,10 @@ from pathlib import Path
 
 import pytest
 
-from megatron_r1.config.departures import Departure, departures
+from megatron_r1.config.departures import PRESET_STUDENTS, Departure, departures
 from megatron_r1.config.load import load
+from megatron_r1.config.optim import STUDENTS
+from megatron_r1.model.presets import preset_names
 from tests.unit.config.recipes import MINIMAL, write
 
 
@@ -149,6 +151,49 @@ def test_a_student_is_compared_with_its_distillation(tmp_path: Path) -> None:
     assert fine_tuning(tmp_path, *student) == {}
     found = fine_tuning(tmp_path, student[0])
     assert found == {"stage.mix.batch": ("64", "128"), "stage.mix.optimizer.lr": ("8e-05", "5e-05")}
+
+
+def test_a_named_student_departs_in_nothing(tmp_path: Path) -> None:
+    """Whatever the preset, and also where it belongs to a table of its own."""
+    assert fine_tuning(tmp_path, 'stage.mix.student="llama-70b"') == {}
+    assert fine_tuning(tmp_path, 'stage.mix.student="qwen-1.5b"', "model.preset=llama-3.1-8b") == {}
+    found = fine_tuning(
+        tmp_path, 'stage.mix.student="qwen-14b"', "stage.mix.optimizer={lr=5e-5}", "stage.mix.batch=128"
+    )
+    assert found == {"stage.mix.batch": ("64", "128"), "stage.mix.optimizer.lr": ("7e-05", "5e-05")}
+    apart = ['models.small.preset="llama-3.1-8b"', 'stage.mix.model="small"']
+    assert fine_tuning(tmp_path, *apart) == {"stage.mix.batch": ("64", "128")}  # its rate is that of V3-Base
+
+
+def test_every_student_has_a_preset_and_the_papers_rate(tmp_path: Path) -> None:
+    assert set(PRESET_STUDENTS.values()) == set(STUDENTS) and set(PRESET_STUDENTS) <= set(preset_names())
+    for preset, student in PRESET_STUDENTS.items():
+        key = f'stage.mix.student="{student}"'
+        assert fine_tuning(tmp_path, key, f"model.preset={preset}") == {}
+
+
+SECOND = (
+    '[{kind="accuracy"},{kind="format"},{kind="language"},'
+    '{kind="model",name="helpful",from="./rm",domains=["helpful"],last_steps=400},'
+    '{kind="model",name="harmless",from="./rm",domains=["harmless"],last_steps=400}]'
+)
+GENERAL = '[{source="generator",task="chain_sum"},{source="generator",task="chain_sum",domain="helpful"},'
+GENERAL += '{source="generator",task="chain_sum",domain="harmless"}]'
+
+
+def test_the_second_rl_stage_is_compared_with_the_papers(tmp_path: Path) -> None:
+    keys = [f"stage.1.prompts={GENERAL}", f"stage.1.reward={SECOND}"]
+    assert found(tmp_path, *keys, "stage.1.sampling.temperature=0.7") == {}
+    assert found(tmp_path, *keys) == {"stage.r1.zero.sampling.temperature": ("0.7", "1")}
+    always = keys[1].replace(",last_steps=400}]", "}]")
+    assert found(tmp_path, keys[0], always, "stage.1.sampling.temperature=0.7") == {
+        "stage.r1.zero.reward.harmless.last_steps": ("400", "none")
+    }
+
+
+def test_each_source_of_prompts_is_compared(tmp_path: Path) -> None:
+    two = '[{source="generator",task="chain_sum"},{source="generator",task="chain_sum",template="plain"}]'
+    assert found(tmp_path, f"stage.1.prompts={two}") == {"stage.r1.zero.prompts.1.template": ("r1-zero", "plain")}
 
 
 def test_a_departure_reads_as_a_sentence() -> None:

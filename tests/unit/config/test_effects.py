@@ -17,7 +17,9 @@ from megatron_r1.model.presets import architecture
 CORPUS = [{"task": "chain_sum", "styles": {"steps": 1.0}}]
 
 
-def check(grpo: dict[str, Any], pretrain: dict[str, Any] | None = None, **model: Any) -> None:
+def check(
+    grpo: dict[str, Any], pretrain: dict[str, Any] | None = None, rl: dict[str, Any] | None = None, **model: Any
+) -> None:
     """A recipe of one stage of each kind, the architecture with its preset's values."""
     stages: list[dict[str, Any]] = [
         {"name": "base", "kind": "pretrain", "corpus": CORPUS, **(pretrain or {})},
@@ -27,6 +29,7 @@ def check(grpo: dict[str, Any], pretrain: dict[str, Any] | None = None, **model:
             "prompts": {"source": "generator", "task": "chain_sum"},
             "reward": [{"kind": "accuracy"}],
             "grpo": grpo,
+            **(rl or {}),
         },
     ]
     table = {
@@ -36,7 +39,7 @@ def check(grpo: dict[str, Any], pretrain: dict[str, Any] | None = None, **model:
         "stage": [{"steps": 1, "optimizer": {"lr": 1e-3}, **stage} for stage in stages],
     }
     config = RunConfig.model_validate(table)
-    check_effects(config, architecture(config.model, 96))
+    check_effects(config, {None: architecture(config.model, 96)})
 
 
 DENSE = {"preset": "tiny-dense"}
@@ -119,3 +122,12 @@ def test_their_counterparts_pass() -> None:
         GrpoConfig(routing_replay="trainer", **steps)
     GrpoConfig(routing_replay="rollout", minibatches=1)
     ModelConfig(preset="tiny-moe", precision="fp8-emulated", fp8_scales="power-of-2")
+
+
+def test_a_watch_needs_a_reward_model() -> None:
+    with pytest.raises(
+        UserError, match=r"stage\.rl\.watch\.fall = 0\.1 without effect: no reward of the stage is a model"
+    ):
+        check({}, rl={"watch": {"fall": 0.1, "window": 20}})
+    check({}, rl={"watch": {"window": 20}})  # the default, as a resolved recipe spells it
+    check({}, rl={"watch": {"fall": 0.1}, "reward": [{"kind": "model", "name": "m", "url": "http://x:1"}]})

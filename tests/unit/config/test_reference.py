@@ -16,9 +16,9 @@ def test_types_defaults_and_meanings() -> None:
     assert "- `from`: string; default: not set" in text
     assert "- `group_size`: integer >= 2; default: 16" in text
     assert "- `top_p`: number > 0, <= 1; default: 1.0" in text
-    assert text.count("- `temperature`: number > 0; default: 0.6") == 1  # the evaluation's own default
+    assert text.count("- `temperature`: number > 0; default: 0.6") == 2  # of benchmarks and evaluations
     assert '## `[[stage]]`, kind = "eval"' in text
-    assert text.count("## `[stage.prompts]`") == 1  # shared by two kinds of stage, described once
+    assert text.count("## `[[stage.prompts]]`") == 1  # shared by four kinds of stage, described once
     assert "init_from" not in text
 
 

@@ -12,7 +12,7 @@ import pytest
 from megatron_r1.config.data import ConversationsConfig
 from megatron_r1.config.errors import UserError
 from megatron_r1.config.model import TokenizerConfig
-from megatron_r1.config.run import SftStage
+from megatron_r1.config.stages import SftStage
 from megatron_r1.data.conversations import ConversationBatches, Conversations, open_heldout, questions_of
 from megatron_r1.data.heldout import heldout_ids
 from megatron_r1.data.tokenizers import build_tokenizer
@@ -217,7 +217,7 @@ def test_rows_that_are_no_conversation(tmp_path: Path, row: dict[str, Any], mess
 def test_other_refusals(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"data\.path: .*none\.jsonl' does not exist"):
         source(tmp_path / "none.jsonl")
-    with pytest.raises(UserError, match="holds no conversation; supervised fine-tuning needs one at least"):
+    with pytest.raises(UserError, match="data.path: .*holds no conversation; one is needed at least"):
         source(write(tmp_path, []))
     with pytest.raises(UserError, match=r"none of the 9 conversations of chat\.jsonl can be trained on: .*6 tokens"):
         batches(write(tmp_path), max_tokens=6).take(1)

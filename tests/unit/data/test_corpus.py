@@ -13,8 +13,9 @@ import pytest
 from megatron_r1.config.data import CorpusConfig
 from megatron_r1.config.errors import UserError
 from megatron_r1.data.corpus import STYLES, Corpus, Document, _in_words, classify_style
-from megatron_r1.data.generators import Problem, Task, build_task
+from megatron_r1.data.generators import build_task
 from megatron_r1.data.heldout import question_hash
+from megatron_r1.data.tasks import Problem, Task
 
 ALL = {"direct": 0.4, "plain": 0.3, "steps": 0.15, "plain_steps": 0.1, "check": 0.05}
 

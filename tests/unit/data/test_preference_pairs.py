@@ -14,9 +14,10 @@ from megatron_r1.config.errors import UserError
 from megatron_r1.config.model import TokenizerConfig
 from megatron_r1.data.batching import make_micro_batches
 from megatron_r1.data.heldout import heldout_ids
-from megatron_r1.data.preference_pairs import PairBatches, PreferencePairs, sequences
+from megatron_r1.data.preference_pairs import PreferencePairs
+from megatron_r1.data.reward_rows import RewardBatches, sequences
 from megatron_r1.data.tokenizers import build_tokenizer
-from megatron_r1.types import Sample
+from megatron_r1.types import PreferencePair, Sample
 
 TOKENIZER = build_tokenizer(TokenizerConfig(kind="char"))
 ROWS = [{"prompt": f"{i}+1=?", "chosen": str(i + 1), "rejected": "x" * (1 + i)} for i in range(9)]
@@ -32,8 +33,8 @@ def source(path: Path, **keys: Any) -> PreferencePairs:
     return PreferencePairs(PairsConfig(**{"source": "jsonl", "path": path, **keys}), TOKENIZER)
 
 
-def batches(path: Path, shuffle: bool = True, **keys: Any) -> PairBatches:
-    return PairBatches(
+def batches(path: Path, shuffle: bool = True, **keys: Any) -> RewardBatches[PreferencePair]:
+    return RewardBatches(
         source(path), **{"shuffle": shuffle, "seed": 1, "exclude": frozenset(), "max_tokens": 99, **keys}
     )
 
@@ -133,7 +134,9 @@ def test_other_refusals(tmp_path: Path) -> None:
         source(tmp_path / "none.jsonl")
     with pytest.raises(UserError, match="holds no rows; a reward model needs one pair at least"):
         source(write(tmp_path, []))
-    with pytest.raises(UserError, match=r"no pair of pairs\.jsonl has both sequences within 6 tokens \(max_length"):
+    with pytest.raises(
+        UserError, match=r"pairs: no pair of pairs\.jsonl keeps within 6 tokens a sequence \(max_length"
+    ):
         batches(write(tmp_path), max_tokens=6).take(1)
     with pytest.raises(UserError, match=r"pairs\.jsonl:1: .*'é'"):
         source(write(tmp_path, [{**ROWS[0], "chosen": "é"}]))[0]

@@ -96,7 +96,7 @@ from megatron_r1.model import kernels
 from megatron_r1.pipeline import worker
 kernels.start = lambda model: print(model, {"megatron.core", "transformer_engine"} & set(sys.modules))
 sys.modules["torch"] = SimpleNamespace(set_num_threads=print)
-worker._set_up_process(SimpleNamespace(model="the model", threads=3))
+worker.set_up_process(SimpleNamespace(model="the model", threads=3))
 """
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60)
     assert done.stdout.splitlines() == ["the model set()", "3"], done.stderr

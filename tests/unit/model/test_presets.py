@@ -18,15 +18,19 @@ from tests.reference.parameters import count_parameters
 
 TOKENS = 101  # of the char tokenizer: what the presets without a vocabulary get
 
-# As their releases say: 671B, 8.03B, 16B, 1.54B, 32.8B, 7.62B, 30.5B, 8.19B; without the router's biases (58 x 256 in
-# DeepSeek-V3).
+# As their releases say: 671B, 8.03B, 70.6B, 16B, 1.54B, 14.8B, 32.8B, 7.62B, 30.5B, 8.19B; without the router's biases
+# (58 x 256 in DeepSeek-V3).
 PUBLISHED = {
     "deepseek-v3": 671_026_404_352,
     "llama-3.1-8b": 8_030_261_248,
+    "llama-3.3-70b": 70_553_706_496,
     "moonlight-16b-a3b": 15_960_108_544,
     "qwen2.5-1.5b": 1_543_714_304,
+    "qwen2.5-14b": 14_770_033_664,
     "qwen2.5-32b": 32_763_876_352,
     "qwen2.5-7b": 7_615_616_512,
+    "qwen2.5-math-1.5b": 1_543_714_304,
+    "qwen2.5-math-7b": 7_615_616_512,
     "qwen3-30b-a3b": 30_532_122_624,
     "qwen3-8b": 8_190_735_360,
 }
@@ -131,14 +135,21 @@ def test_every_preset_is_a_valid_megatron_config(world: World, name: str, precis
 
 def test_published_values() -> None:
     """The keys on which releases of a family differ; from their config.json files."""
-    qwen = {name: shipped(f"qwen2.5-{name}") for name in ("1.5b", "7b", "32b")}
-    assert [a["rms_norm_eps"] for a in qwen.values()] == [1e-6, 1e-6, 1e-5]
-    assert [a["vocab_size"] for a in qwen.values()] == [151936, 152064, 152064]
-    assert [a["tie_word_embeddings"] for a in qwen.values()] == [True, False, False]
+    qwen = {name: shipped(f"qwen2.5-{name}") for name in ("1.5b", "7b", "14b", "32b")}
+    assert [a["rms_norm_eps"] for a in qwen.values()] == [1e-6, 1e-6, 1e-5, 1e-5]
+    assert [a["vocab_size"] for a in qwen.values()] == [151936, 152064, 152064, 152064]
+    assert [a["tie_word_embeddings"] for a in qwen.values()] == [True, False, False, False]
     assert {(a["rope_theta"], a["max_position_embeddings"]) for a in qwen.values()} == {(1e6, 131072)}
-    llama = shipped("llama-3.1-8b")
-    assert (llama["rope_theta"], llama["rms_norm_eps"], llama["vocab_size"]) == (5e5, 1e-5, 128256)
-    assert llama["rope_scaling"] == {"rope_type": "llama3", **LLAMA3}
+    for size in ("1.5b", "7b"):
+        maths = shipped(f"qwen2.5-math-{size}")
+        differing = {key for key in maths if maths[key] != qwen[size][key]}
+        assert differing == {"rope_theta", "max_position_embeddings"}
+        assert (maths["rope_theta"], maths["max_position_embeddings"]) == (1e4, 4096)
+    for size in ("3.1-8b", "3.3-70b"):
+        llama = shipped(f"llama-{size}")
+        assert (llama["rope_theta"], llama["rms_norm_eps"], llama["vocab_size"]) == (5e5, 1e-5, 128256)
+        assert llama["rope_scaling"] == {"rope_type": "llama3", **LLAMA3}
+    assert (llama["num_attention_heads"], llama["num_key_value_heads"]) == (64, 8)
     moonlight = shipped("moonlight-16b-a3b")
     assert (moonlight["rope_theta"], moonlight["rms_norm_eps"], moonlight["rope_scaling"]) == (5e4, 1e-5, None)
     assert (moonlight["routed_scaling_factor"], moonlight["q_lora_rank"]) == (2.446, None)

@@ -11,7 +11,8 @@ from pathlib import Path
 import pytest
 
 from megatron_r1.config.errors import UserError
-from megatron_r1.observe.collect import collect, evaluation_table, evenly_spaced
+from megatron_r1.observe.collect import collect, evenly_spaced
+from megatron_r1.observe.evaluations import evaluation_table
 from megatron_r1.observe.metrics import MetricsWriter
 from megatron_r1.observe.panels import stage_charts
 from megatron_r1.observe.report import write_learning_curve, write_report
@@ -309,3 +310,28 @@ def test_languages_have_lines_and_rows_of_their_own(run: RunDir) -> None:
         ["language zh", "-", "100.0%"],
         ["samples a problem", "4", "4"],
     ]
+
+
+def test_benchmarks_have_completions_rows_and_lines_of_their_own(run: RunDir) -> None:
+    groups = [group("f:0", [1.0, 0.0], "one"), group("f:0", [0.5, 0.25], "two")]
+    RolloutWriter(run.stage("after").path).write(0, groups, benchmarks=["sums", "chat"])
+    both = {"eval/sums/pass_at_1": 0.5, "eval/sums/cons_at_k": 0.75, "eval/sums/k": 4.0, "eval/sums/problems": 2.0}
+    both |= {"eval/sums/length": 9.0, "eval/chat/pass_at_1": 0.25, "eval/chat/cons_at_k": 1.0, "eval/chat/k": 2.0}
+    run.update_stage("after", result=both)
+    view = collect(run.path)
+    assert [(p.benchmark, p.completions, p.mean_reward) for p in view.stages[3].phases] == [
+        ("sums", 2, 0.5),
+        ("chat", 2, 0.375),
+    ]
+    by_name = {series.name: series.points for series in view.curve.accuracy}
+    assert by_name["held-out pass@1, sums"] == [(4, 0.5)] and by_name["held-out pass@1, chat"] == [(4, 0.25)]
+    assert by_name["held-out cons@4, sums"] == [(4, 0.75)] and "held-out cons@2, chat" not in by_name
+    page = Page(write_report(run.path).read_text())
+    assert "Everything measured" in page.texts("summary")
+    cells = page.texts("td")
+    at = cells.index("zero", cells.index("base"))  # its row of the closing table
+    assert cells[at : at + 2] == ["zero", "50.0 %"]
+    assert page.texts("span").count("benchmark") == 1
+    keys = [a["data-step"] for t, a in page.tags if t == "button" and a.get("data-stage") == "3"]
+    assert keys == ["sums", "chat"]
+    assert "Benchmark chat: 2 completions, mean reward 0.375" in page.texts("p")

@@ -147,3 +147,25 @@ def test_words_of_a_language_reward(tmp_path: Path) -> None:
     rows = read_rollouts(RolloutWriter(tmp_path).write(0, [group]))
     assert [row["language"] for row in rows] == [{"target": "zh", "words": 2.25, "target_words": 1.25}] * 2
     assert "language" not in read_rollouts(RolloutWriter(tmp_path).write(4, [a_group()]))[0]
+
+
+def test_sets_that_measure_different_things_share_their_columns(tmp_path: Path) -> None:
+    plain, asked = a_group("a.jsonl:0"), a_group("a.jsonl:0")
+    for measured in asked.completions:
+        assert measured.score is not None
+        measured.score.parts = {"accuracy": 1.0, "language": 0.5}
+        measured.score.language = LanguageUse(target="zh", words=4.0, target_words=2.0)
+    path = RolloutWriter(tmp_path).write(0, [plain, asked], benchmarks=["sums", "chat"])
+    rows = read_rollouts(path)
+    assert [(row["benchmark"], row["prompt_id"], row["sample"]) for row in rows] == [
+        *(("sums", "a.jsonl:0", 0), ("sums", "a.jsonl:0", 1)),
+        *(("chat", "a.jsonl:0", 0), ("chat", "a.jsonl:0", 1)),
+    ]
+    assert rows[0]["reward_parts"] == {"accuracy": 1.0, "format": 0.5, "language": 0.0}
+    assert rows[2]["reward_parts"] == {"accuracy": 1.0, "format": 0.0, "language": 0.5}
+    assert rows[0]["language"] == {"target": "", "words": 0.0, "target_words": 0.0}
+    assert rows[2]["language"] == {"target": "zh", "words": 4.0, "target_words": 2.0}
+    assert len({tuple(row) for row in rows}) == 1  # the same columns in the same order
+    assert "benchmark" not in read_rollouts(RolloutWriter(tmp_path).write(1, [plain]))[0]
+    with pytest.raises(ValueError, match="shorter"):
+        RolloutWriter(tmp_path).write(0, [plain, asked], benchmarks=["sums"])

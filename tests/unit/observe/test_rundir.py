@@ -73,6 +73,10 @@ def test_stage_states_survive_the_file_and_change_one_by_one(tmp_path: Path) -> 
         "steps": 40,
         "started": None,
         "finished": None,
+        "why": "",
+        "settings": {},
+        "inputs": {},
+        "outputs": {},
         "result": {},
     }
     with pytest.raises(KeyError, match="'c'"):

@@ -9,7 +9,8 @@ import pytest
 
 from megatron_r1.config.errors import UserError
 from megatron_r1.config.load import load
-from megatron_r1.pipeline.run import preflight, start_of
+from megatron_r1.pipeline.graph import start_source
+from megatron_r1.pipeline.run import preflight
 
 RECIPE = """
 name = "demo"
@@ -38,6 +39,14 @@ optimizer.lr = 6e-6
 pairs = { source = "jsonl", path = "pairs.jsonl" }
 
 [[stage]]
+kind = "reward_model"
+name = "point"
+steps = 4
+loss = "pointwise"
+optimizer.lr = 6e-6
+labels = { path = "labels.jsonl" }
+
+[[stage]]
 kind = "grpo"
 name = "rl"
 steps = 4
@@ -57,6 +66,8 @@ sampling = { max_new_tokens = 16 }
 def recipe(folder: Path) -> Path:
     pair = {"prompt": "1+1=?", "chosen": "2", "rejected": "3"}
     (folder / "pairs.jsonl").write_text(json.dumps(pair) + "\n", encoding="utf-8")
+    label = {"prompt": "1+1=?", "response": "2", "label": 1}
+    (folder / "labels.jsonl").write_text(json.dumps(label) + "\n", encoding="utf-8")
     path = folder / "recipe.toml"
     path.write_text(RECIPE, encoding="utf-8")
     return path
@@ -65,17 +76,14 @@ def recipe(folder: Path) -> Path:
 def test_language_models_and_reward_models_start_from_language_models(tmp_path: Path) -> None:
     config = load(recipe(tmp_path), [])
     names = [stage.name for stage in config.stage]
-    assert names == ["base", "helpful", "safety", "rl", "final"]
-    run = Path("run")
-    assert [start_of(config, i, run) for i in range(5)] == [
-        None, run / "base", run / "base", run / "base", run / "rl",
-    ]  # fmt: skip
+    assert names == ["base", "helpful", "safety", "point", "rl", "final"]
+    assert [start_source(config, i) for i in range(6)] == [None, "base", "base", "base", "base", "rl"]
 
 
 def test_a_reward_model_may_go_on_from_another(tmp_path: Path) -> None:
     config = load(recipe(tmp_path), ['stage.safety.from="helpful"'])
     preflight(config, 1)
-    assert start_of(config, 2, Path("run")) == Path("run/helpful")
+    assert start_source(config, 2) == "helpful"
 
 
 @pytest.mark.parametrize(
@@ -93,11 +101,21 @@ def test_a_reward_model_may_go_on_from_another(tmp_path: Path) -> None:
             ['parallel.dispatcher="allgather"', "stage.helpful.max_length=64", "stage.helpful.micro_batch_tokens=100"],
             r"micro_batch_tokens = 100 with parallel\.dispatcher = \"allgather\".*set micro_batch_tokens = 128",
         ),
-        (["stage.helpful.max_length=6"], r"no pair of pairs\.jsonl has both sequences within 6 tokens"),
+        (["stage.helpful.max_length=6"], r"no pair of pairs\.jsonl keeps within 6 tokens a sequence"),
         (['stage.safety.pairs.path="none.jsonl"'], r"pairs\.path: '.*none\.jsonl' does not exist"),
         (
             ['stage.safety.heldout={source="jsonl",path="none.jsonl"}'],
             r"pairs\.path: '.*none\.jsonl' does not exist",
+        ),
+        (['stage.point.labels.path="none.jsonl"'], r"labels\.path: '.*none\.jsonl' does not exist"),
+        (
+            ['stage.point.labels.response_key="answer"'],
+            r"labels\.jsonl:1: no column 'answer'.*Set response_key",
+        ),
+        (["stage.point.max_length=6"], r"no labelled answer of labels\.jsonl keeps within 6 tokens a sequence"),
+        (
+            ['parallel.dispatcher="allgather"', "stage.point.max_length=64", "stage.point.micro_batch_tokens=60"],
+            r"1 of 64 tokens \(max_length\) must fit into one; set micro_batch_tokens = 64",
         ),
     ],
 )

@@ -9,7 +9,9 @@ import pytest
 
 from megatron_r1.config.errors import UserError
 from megatron_r1.config.load import dump, load
-from megatron_r1.pipeline.run import preflight, start_of, with_steps
+from megatron_r1.pipeline.graph import start_source
+from megatron_r1.pipeline.inputs import with_steps
+from megatron_r1.pipeline.run import preflight
 from tests.unit.data.chat_folders import CHATML, write_tokenizer
 
 RECIPE = """
@@ -57,16 +59,15 @@ def recipe(folder: Path, text: str = RECIPE) -> Path:
 def test_epochs_become_steps(tmp_path: Path) -> None:
     config = load(recipe(tmp_path), [])
     preflight(config, 1)
-    planned = with_steps(config)
-    assert [getattr(stage, "steps", None) for stage in planned.stage] == [7, 4, 7]  # ceil(8 x 2.5 / 3)
+    planned = [with_steps(stage) for stage in config.stage]
+    assert [getattr(stage, "steps", None) for stage in planned] == [7, 4, 7]  # ceil(8 x 2.5 / 3)
     (tmp_path / "resolved.toml").write_text(dump(config))
     assert load(tmp_path / "resolved.toml") == config  # with steps = 0, so that a start anew counts anew
 
 
 def test_stages_start_from_one_another(tmp_path: Path) -> None:
     config = load(recipe(tmp_path), [])
-    run = Path("run")
-    assert [start_of(config, i, run) for i in range(3)] == [None, run / "cold", run / "rl"]
+    assert [start_source(config, i) for i in range(3)] == [None, "cold", "rl"]
 
 
 def test_an_end_of_turn_that_sampling_would_not_stop_at_is_told(

@@ -6,7 +6,7 @@ import time
 
 import pytest
 
-from megatron_r1.rewards.extract import MAX_ANSWER, extract_answer
+from megatron_r1.rewards.extract import MAX_ANSWER, extract_answer, summary_of
 
 
 @pytest.mark.parametrize(
@@ -83,3 +83,20 @@ def test_hostile_text_takes_linear_time(text: str) -> None:
     begin = time.process_time()
     extract_answer(text)
     assert time.process_time() - begin < 1.0
+
+
+@pytest.mark.parametrize(
+    ("text", "summary"),
+    [
+        ("<think>5-6=-1</think> <answer>8</answer>", "8"),
+        ("<think>a</think>b</think> So <answer> 8 </answer>, as <answer>said", "So  8 , as said"),
+        ("It is 8.\n", "It is 8."),  # no thought at all
+        ("a thought that the template opened</think>\nIt is 8.", "It is 8."),
+        ("<think>never closed <answer>8</answer>", ""),
+        ("<think>a</think>b<think>c", ""),
+        ("<think>a</think>", ""),
+        ("", ""),
+    ],
+)
+def test_the_summary_is_what_follows_the_thought(text: str, summary: str) -> None:
+    assert summary_of(text) == summary

@@ -11,8 +11,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from megatron_r1.config.data import RewardConfig
 from megatron_r1.config.languages import LANGUAGES
+from megatron_r1.config.rewards import RewardConfig
 from megatron_r1.rewards.language import (
     chain_of_thought,
     detect_language,

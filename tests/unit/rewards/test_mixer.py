@@ -7,8 +7,8 @@ from collections.abc import Sequence
 
 import pytest
 
-from megatron_r1.config.data import RewardConfig
 from megatron_r1.config.errors import UserError
+from megatron_r1.config.rewards import RewardConfig
 from megatron_r1.rewards.mixer import RewardStats, Scorer
 from megatron_r1.rewards.workers import Job, VerifierPool
 from megatron_r1.types import Completion, FinishReason, Group, Prompt, Score, Verdict
@@ -174,5 +174,81 @@ def test_mistakes_in_the_configuration() -> None:
         Scorer([ACCURACY, FORMAT, RewardConfig(kind="accuracy", weight=2)], pool)
     with pytest.raises(UserError, match=r"no \[\[stage\.reward\]\] is given"):
         Scorer([], pool)
-    with pytest.raises(UserError, match=r"prompt a: verifier 'sums' .* integer, math"):
+    with pytest.raises(UserError, match=r"prompt a: verifier 'sums' .* integer, .*math"):
         Scorer([ACCURACY], pool).score_groups([group("a", "8", [tagged("8")], "sums")])
+
+
+def model(name: str, **keys: object) -> RewardConfig:
+    return RewardConfig.model_validate({"kind": "model", "name": name, "url": "http://node7:8123", **keys})
+
+
+def general(values: Sequence[float], label: str = "helpful", domain: str = "general") -> Group:
+    """Completions without a reference answer, each with its value; every other one in the asked format."""
+    one = group("g", None, [tagged("x") if i % 2 else "x" for i in range(len(values))], "none")
+    one.prompt.domain = domain
+    for c, value in zip(one.completions, values, strict=True):
+        c.values[label] = value
+    return one
+
+
+ALL_SCENARIOS = [
+    RewardConfig(kind="accuracy", domains=["reasoning"], unknown=-9.0),
+    FORMAT,
+    model("helpful", weight=0.25, domains=["general"]),
+    model("safety", weight=2.0, transform="sigmoid", domains=["harmless"], last_steps=400),
+]
+
+
+def test_each_prompt_is_scored_by_the_terms_of_its_domain() -> None:
+    reasoning = group("r", "8", [tagged("8"), tagged("7")])
+    helpful, harmless = general([2.0, -3.0]), general([0.0, 4.0], "safety", "harmless")
+    pool = RecordingPool({})
+    stats = Scorer(ALL_SCENARIOS, pool).score_groups([reasoning, helpful, harmless])
+    assert reasoning.rewards == [1.5, 0.5]
+    assert helpful.rewards == [0.5, -0.25]
+    assert harmless.rewards == pytest.approx([1.0, 0.5 + 2 * 0.98201379])  # sigmoid(4)
+    assert scores(helpful)[1].parts == {"accuracy": 0.0, "format": 0.5, "helpful": -0.75, "safety": 0.0}
+    for one in (reasoning, helpful, harmless):
+        for score in scores(one):
+            assert list(score.parts) == ["accuracy", "format", "helpful", "safety"]
+            assert sum(score.parts.values()) == score.total and {type(part) for part in score.parts.values()} == {float}
+    assert pool.asked == [] and stats.verdicts == {"correct": 1, "wrong": 1, "unknown": 4}
+    assert stats.unknown == {"no accuracy reward": 4}
+
+
+@pytest.mark.parametrize(("step", "counts"), [(0, False), (1299, False), (1300, True), (1699, True)])
+def test_preference_rewards_count_in_the_last_steps(step: int, counts: bool) -> None:
+    """The paper's schedule: 400 of 1,700. Before, no value is asked for."""
+    one = general([4.0], "safety", "harmless")
+    if not counts:
+        one.completions[0].values = {}
+    Scorer(ALL_SCENARIOS, RecordingPool({})).score_groups([one], step, 1700)
+    assert one.rewards == pytest.approx([2 * 0.98201379 if counts else 0.0])
+    assert list(scores(one)[0].parts) == ["accuracy", "format", "helpful", "safety"]
+
+
+@pytest.mark.parametrize("value", [None, float("nan"), float("inf")])
+def test_a_missing_value_is_never_zero(value: float | None) -> None:
+    one = general([1.0] if value is None else [value])
+    if value is None:
+        one.completions[0].values = {"safety": 1.0}
+    with pytest.raises(ValueError, match=r"completion of prompt g has .* of the reward model 'helpful'.*'general'"):
+        Scorer(ALL_SCENARIOS, RecordingPool({})).score_groups([one])
+
+
+def test_the_sigmoid_does_not_overflow() -> None:
+    one = general([-1000.0, 1000.0], "safety", "harmless")
+    Scorer([model("safety", transform="sigmoid")], RecordingPool({})).score_groups([one])
+    assert one.rewards == [0.0, 1.0]
+
+
+def test_accuracy_is_judged_before_it_counts() -> None:
+    one = group("a", "8", [tagged("8")])
+    late = RewardConfig(kind="accuracy", last_steps=2)
+    Scorer([late, FORMAT], RecordingPool({})).score_groups([one], 3, 6)
+    assert one.rewards == [0.5] and scores(one)[0].verdict.status == "correct"
+
+
+def test_two_reward_models_need_two_names() -> None:
+    with pytest.raises(UserError, match="2 reward models are called 'helpful'"):
+        Scorer([model("helpful"), ACCURACY, model("helpful")], RecordingPool({}))

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from megatron_r1.config.grpo import AdvantageConfig
-from megatron_r1.config.run import GrpoStage
+from megatron_r1.config.stages import GrpoStage
 from megatron_r1.observe.names import METRICS, check_names
 from megatron_r1.parallel.world import World
 from megatron_r1.rewards.mixer import RewardStats
@@ -221,7 +221,7 @@ class Cursor:
     def __init__(self) -> None:
         self.taken = 0
 
-    def take(self, count: int) -> list[Prompt]:
+    def take(self, count: int, step: int, steps: int) -> list[Prompt]:
         self.taken += count
         return [prompt(f"p{i}") for i in range(self.taken - count, self.taken)]
 
@@ -240,7 +240,7 @@ class Engine:
 class NoScorer:
     """The completions come scored."""
 
-    def score_groups(self, groups: list[Group]) -> RewardStats:
+    def score_groups(self, groups: list[Group], step: int, steps: int) -> RewardStats:
         assert groups
         return RewardStats(completions=sum(len(group.completions) for group in groups), verdicts={})
 
@@ -260,7 +260,7 @@ def stage(**grpo: Any) -> GrpoStage:
 
 
 def sampled(world: World, engine: Engine, **grpo: Any) -> Any:
-    return sample_groups(stage(**grpo), Cursor(), engine, NoScorer(), world, 100, None)  # type: ignore[arg-type]
+    return sample_groups(stage(**grpo), Cursor(), 0, engine, NoScorer(), world, 100, None)  # type: ignore[arg-type]
 
 
 def names(groups: list[Group]) -> list[str]:

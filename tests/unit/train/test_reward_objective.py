@@ -114,6 +114,84 @@ def test_a_tie_counts_half_and_a_filler_nothing(world: World) -> None:
     assert (total.item(), int(count), [float(value) for value in found.values()]) == (0, 0, [0, 0, 0, 0])
 
 
+LABELS = [i % 3 == 0 for i in range(2 * PAIRS)]
+
+
+@pytest.mark.parametrize(("preset", "packed"), [("tiny-dense", True), ("tiny-dense", False), ("tiny-moe", True)])
+def test_a_pointwise_step_is_torchs_cross_entropy(world: World, preset: str, packed: bool) -> None:
+    """Its value, its gradient and the metrics, however the answers share micro-batches."""
+    from megatron_r1.model.scalar_head import ValueQuery
+    from megatron_r1.train.reward_objective import PointwiseObjective
+
+    trainer = make_trainer(world, preset)
+    model = trainer.models[0]
+
+    def value(sample: Sample) -> torch.Tensor:
+        ids = torch.tensor([sample.token_ids])
+        last = ValueQuery(torch.tensor([ids.shape[1] - 1]))
+        return model(ids, torch.arange(ids.shape[1])[None], None, query=last)[0].double()
+
+    values = torch.stack([value(sample) for sample in samples()])
+    good = torch.tensor(LABELS)
+    loss = torch.nn.functional.binary_cross_entropy_with_logits(values, good.double())
+    gradients = torch.autograd.grad(loss, [p for p in model.parameters() if p.requires_grad], allow_unused=True)
+    norm = torch.cat([g.flatten() for g in gradients if g is not None]).double().norm()
+
+    batches = make_micro_batches(samples(), 40, 0, packed=packed)[0]
+    assert len(batches) > 2
+    objective = PointwiseObjective(LABELS, TOKENS)
+    result = trainer.train_step(batches, objective)
+    assert result.grad_norm == pytest.approx(norm.item(), rel=1e-4)
+    assert objective.metrics(result.sums) == {
+        "loss/pointwise": pytest.approx(loss.item(), rel=1e-5),
+        "reward_model/accuracy": pytest.approx(((values > 0) == good).double().mean().item()),
+        "reward_model/good": pytest.approx(values[good].mean().item(), rel=1e-4, abs=1e-5),
+        "reward_model/bad": pytest.approx(values[~good].mean().item(), rel=1e-4, abs=1e-5),
+    }
+
+
+def test_pointwise_by_hand_under_context_parallelism() -> None:
+    """Values 2 (good) and -1 (bad) on the first rank, 0 (good) on the second; sequences in another order than given."""
+    from megatron_r1.train.reward_objective import PointwiseObjective
+
+    three = [Sample(token_ids=[1] * n, prompt_length=1) for n in (4, 8, 6)]
+    (batch,) = make_micro_batches(three, 100, 0, packed=True)[0]
+    order = batch.sample_indices
+    value = {0: 2.0, 1: -1.0, 2: 0.0}
+    objective = PointwiseObjective([True, False, True], tokens=18)
+    totals, gradients, sums = 0.0, {}, dict.fromkeys(objective.metric_names, 0.0)
+    for mine in ({0, 1}, {2}):
+        held = torch.tensor([last if i in mine else -1 for i, last in zip(order, batch.last_N.tolist(), strict=True)])
+        here = [i for i in order if i in mine]
+        output = torch.tensor([value[i] for i in here], requires_grad=True)
+        total, _, found = objective.loss(output, replace(batch, last_N=held))
+        total.backward()
+        totals += total.item()
+        assert output.grad is not None
+        gradients |= dict(zip(here, output.grad.tolist(), strict=True))
+        sums = {name: sums[name] + float(found[name]) for name in sums}
+    # log(1 + e^-2) = 0.126928, log(1 + e^-1) = 0.313262, log 2 = 0.693147
+    assert totals == pytest.approx((0.126928 + 0.313262 + 0.693147) * 18 / 3, rel=1e-5)
+    assert gradients == {
+        0: pytest.approx((0.880797 - 1) * 6, rel=1e-4),
+        1: pytest.approx(0.268941 * 6, rel=1e-4),
+        2: pytest.approx((0.5 - 1) * 6),
+    }
+    assert sums == {"loss": pytest.approx(1.133337, rel=1e-5), "correct": 2.5, "good": 2.0, "bad": -1.0}
+
+
+def test_pointwise_fillers_and_batches_of_one_kind() -> None:
+    from megatron_r1.train.reward_objective import PointwiseObjective
+
+    _, (filler,) = make_micro_batches(samples()[:1], 100, 0, packed=True, shards=2)
+    objective = PointwiseObjective([True], tokens=10)
+    total, count, found = objective.loss(torch.zeros(0, requires_grad=True), filler)
+    total.backward()
+    assert (total.item(), int(count), [float(value) for value in found.values()]) == (0, 0, [0, 0, 0, 0])
+    shown = objective.metrics({"loss": 0.5, "correct": 1.0, "good": 2.0, "bad": 0.0})
+    assert shown == {"loss/pointwise": 0.5, "reward_model/accuracy": 1.0, "reward_model/good": 2.0}
+
+
 class _Context:
     """The part of a World that an objective asks."""
 

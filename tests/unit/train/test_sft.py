@@ -10,7 +10,7 @@ import torch
 
 from megatron_r1.config.model import ModelConfig, TokenizerConfig
 from megatron_r1.config.optim import OptimizerConfig
-from megatron_r1.config.run import SftStage
+from megatron_r1.config.stages import SftStage
 from megatron_r1.data.batching import make_micro_batches
 from megatron_r1.data.conversations import ConversationBatches, open_batches
 from megatron_r1.data.tokenizers import build_tokenizer
