@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING
 from megatron_r1 import __version__
 from megatron_r1.config.errors import RunFailed, UserError
 from megatron_r1.config.run import RunConfig
-from megatron_r1.config.stages import SftStage
+from megatron_r1.config.stages import EpochStage
 from megatron_r1.convert.command import add_convert
 from megatron_r1.pipeline.serve_command import add_serve
 
@@ -283,7 +283,7 @@ def _plan(config: RunConfig, world: int, run_dir: Path, decisions: Sequence[Deci
 
     layout = config.parallel
     data = world // layout.model_size
-    counted = [stage for stage in config.stage if isinstance(stage, SftStage) and stage.epochs is not None]
+    counted = [stage for stage in config.stage if isinstance(stage, EpochStage) and stage.epochs is not None]
     notes = [
         f"run directory: {run_dir}",
         f"layout: {world} process(es) = TP {layout.tensor} x PP {layout.pipeline} x CP "
@@ -294,7 +294,7 @@ def _plan(config: RunConfig, world: int, run_dir: Path, decisions: Sequence[Deci
         *(
             f"stage {stage.name}: {stage.epochs:g} epochs in {planned.steps} steps"
             for stage in counted
-            if not waits_for_data(stage) and isinstance(planned := with_steps(stage), SftStage)
+            if not waits_for_data(stage) and isinstance(planned := with_steps(stage), EpochStage)
         ),
         "departures from the paper:",
         *([f"  {item}" for item in departures(config)] or ["  none"]),

@@ -10,14 +10,17 @@ from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt, model_va
 from megatron_r1.config.base import Table
 
 R1_ZERO_TEMPLATE = "r1-zero"
+Tags = Literal["think-answer", "think"]
+"""What a well-formed answer is: `<think>..</think><answer>..</answer>` as R1-Zero's template asks for, or
+`<think>..</think>` and a summary, as in R1's chat format."""
 
 
 def check_template(template: str) -> None:
     """Raise ValueError for a template that is neither a known name nor a text with a place for the question."""
-    if template not in (R1_ZERO_TEMPLATE, "plain") and "{prompt}" not in template:
+    if template not in (R1_ZERO_TEMPLATE, "plain", "deepseek") and "{prompt}" not in template:
         raise ValueError(
             f"template {template!r} has no {{prompt}} field; write it where the question goes, "
-            'or use "r1-zero" or "plain"'
+            'or use "r1-zero", "deepseek" or "plain"'
         )
 
 
@@ -58,7 +61,7 @@ class PromptsConfig(Table):
     verifier: str | None = None
     """Verifier of the answers; None: the source's own ("math" for files)."""
     template: str = R1_ZERO_TEMPLATE
-    """"r1-zero", "plain", or a text that contains `{prompt}`."""
+    """"r1-zero", "deepseek" (its chat format), "plain", or a text that contains `{prompt}`."""
     shuffle: bool = True
     """Draw prompts in a new order each epoch."""
     domain: str = Field(default="reasoning", pattern=r"^[a-z0-9][a-z0-9_-]*$")
@@ -112,7 +115,7 @@ class PairsConfig(Table):
     rejected_key: str = "rejected"
     """Column of the other answer."""
     template: str = "plain"
-    """"r1-zero", "plain", or a text that contains `{prompt}`: what the answers follow. Take the one under which the
+    """"r1-zero", "deepseek", "plain", or a text that contains `{prompt}`: what the answers follow. Take the one under which the
     model that is to be scored answers."""
     shuffle: bool = True
     """Draw pairs in a new order each epoch."""
@@ -149,7 +152,7 @@ class LabelsConfig(Table):
     label_key: str = "label"
     """Column of the label: 1 or true for a good answer, 0 or false for a bad one."""
     template: str = "plain"
-    """"r1-zero", "plain", or a text that contains `{prompt}`: what the answers follow."""
+    """"r1-zero", "deepseek", "plain", or a text that contains `{prompt}`: what the answers follow."""
     shuffle: bool = True
     """Draw rows in a new order each epoch."""
 

@@ -7,12 +7,12 @@ from typing import Literal
 from pydantic import Field, PositiveFloat, PositiveInt, model_validator
 
 from megatron_r1.config.base import Table
-from megatron_r1.config.data import check_template
+from megatron_r1.config.data import Tags, check_template
 from megatron_r1.config.languages import DEFAULT_LANGUAGE, HAN_PER_WORD, check_language
 
 KEYS_OF_KIND = {
     "accuracy": ("deadline", "unknown"),
-    "format": (),
+    "format": ("tags",),
     "language": ("default_language", "han_per_word"),
     "model": ("name", "init_from", "model", "template", "url", "sees", "transform", "timeout"),
 }
@@ -23,8 +23,8 @@ class RewardConfig(Table):
     """`[[stage.reward]]`: one term of the reward; the total is their weighted sum."""
 
     kind: Literal["accuracy", "format", "language", "model"]
-    """accuracy: 1 if the verifier says correct, else 0. format: 1 if the completion is `<think>..</think>
-    <answer>..</answer>` and nothing else. language: share of the words of the chain of thought that are of the target
+    """accuracy: 1 if the verifier says correct, else 0. format: 1 if the completion is of the form that
+    `tags` names, and nothing else. language: share of the words of the chain of thought that are of the target
     language (R1's first RL stage), told by their script; a thought without words counts 1. model: the value of a reward
     model (R1's second RL stage)."""
     weight: float = 1.0
@@ -38,6 +38,9 @@ class RewardConfig(Table):
     """accuracy: seconds a verifier may take before its verdict is `unknown`."""
     unknown: float = 0.0
     """accuracy: reward of an `unknown` verdict; it is counted apart from wrong answers whatever this is."""
+    tags: Tags = "think-answer"
+    """format: what is well-formed: `<think>..</think><answer>..</answer>`, or with "think" a summary without tags after
+    the thought, as in R1's chat format."""
     default_language: str = DEFAULT_LANGUAGE
     """language: target of prompts whose language neither a column nor the words of the question tell. Languages of one
     script are not told apart: with the target "de" an English thought counts as one in German."""

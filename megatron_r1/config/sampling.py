@@ -7,6 +7,7 @@ from pathlib import Path
 from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
 
 from megatron_r1.config.base import Table
+from megatron_r1.config.data import Tags
 from megatron_r1.config.languages import DEFAULT_LANGUAGE, HAN_PER_WORD, check_language
 
 
@@ -15,7 +16,9 @@ class FilterConfig(Table):
     languages, no long paragraphs, no code blocks, no repetition; the paper gives no numbers)."""
 
     format: bool = True
-    """Only answers of the format `<think>..</think><answer>..</answer>` that ended by themselves."""
+    """Only answers of the form that `tags` names."""
+    tags: Tags = "think-answer"
+    """`<think>..</think><answer>..</answer>`, or with "think" a summary without tags after the thought."""
     language: float = Field(default=0.95, ge=0, le=1)
     """Least share of the thought's words in the question's language; 0: not looked at."""
     default_language: str = DEFAULT_LANGUAGE

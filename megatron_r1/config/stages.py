@@ -17,6 +17,7 @@ from megatron_r1.config.data import (
     MixSource,
     PairsConfig,
     PromptsConfig,
+    Tags,
     check_template,
 )
 from megatron_r1.config.grpo import GrpoConfig, RewardWatchConfig
@@ -80,18 +81,36 @@ class PretrainStage(TrainStage):
     """Weight of the multi-token-prediction loss, where the model has such layers (V3: 0.3, later 0.1)."""
 
 
-class SftStage(TrainStage):
+class EpochStage(TrainStage):
+    """What stages have that learn from a file of rows."""
+
+    steps: NonNegativeInt = 0
+    """Optimizer steps in all. 0: as `epochs` says."""
+    epochs: PositiveFloat | None = None
+    """Instead of `steps`: passes over the data (the paper: 2 to 3 in fine-tuning, 1 for reward models), in ceil(rows x
+    epochs / batch) steps. Rows that are left out only when their turn comes (held out, too long) make the passes over
+    the others a little more than this."""
+    batch: PositiveInt
+    """Rows of an optimizer step."""
+
+    @model_validator(mode="after")
+    def _steps_or_epochs(self) -> EpochStage:
+        if (self.steps > 0) == (self.epochs is not None):
+            raise ValueError("give exactly one of `steps` and `epochs`")
+        return self
+
+    def planned_steps(self, rows: int) -> int:
+        """Optimizer steps for a file of so many well-formed rows."""
+        return self.steps or math.ceil(rows * (self.epochs or 0) / self.batch)
+
+
+class SftStage(EpochStage):
     """Supervised fine-tuning on conversations: cold start, the 800K mix, distillation.
 
     The loss is the mean over all learned tokens of the global batch, so a long answer weighs more than a short one.
     """
 
     kind: Literal["sft"]
-    steps: NonNegativeInt = 0
-    """Optimizer steps in all. 0: as `epochs` says."""
-    epochs: PositiveFloat | None = None
-    """Instead of `steps`: passes over the data (the paper: 2 to 3), in ceil(rows x epochs / batch) steps. Rows that are
-    left out only when their turn comes (held out, too long) make the passes over the others a little more than this."""
     student: Student | None = None
     """One of the paper's distilled students: its learning rate (2e-5 to 1e-4), a batch of 64 and, without `steps`, two
     epochs, wherever the recipe does not say otherwise."""
@@ -132,21 +151,11 @@ class SftStage(TrainStage):
         return {"batch": 64, **length, **given, "optimizer": optimizer}
 
     @model_validator(mode="after")
-    def _steps_or_epochs(self) -> SftStage:
-        if (self.steps > 0) == (self.epochs is not None):
-            raise ValueError("give exactly one of `steps` and `epochs`")
-        return self
-
-    @model_validator(mode="after")
     def _template(self) -> SftStage:
         check_template(self.template)
         if self.format != "r1" and self.template != R1_ZERO_TEMPLATE:
             raise ValueError(f'`template` has no effect with format = "{self.format}"; it belongs to "r1"')
         return self
-
-    def planned_steps(self, rows: int) -> int:
-        """Optimizer steps for a file of so many well-formed rows."""
-        return self.steps or math.ceil(rows * (self.epochs or 0) / self.batch)
 
 
 def check_untruncated(sampling: SamplingConfig, kind: str) -> None:
@@ -198,7 +207,7 @@ class GrpoStage(TrainStage):
         return self
 
 
-class RewardModelStage(TrainStage):
+class RewardModelStage(EpochStage):
     """A scalar reward model on the same trunk as the policy: pairwise (Bradley-Terry, helpfulness) from preference
     pairs, or pointwise (safety) from labelled answers."""
 
@@ -255,6 +264,8 @@ class ProblemSet(Table):
     sampling: EvalSamplingConfig = EvalSamplingConfig()
     deadline: float = Field(default=1.0, gt=0)
     """Seconds a verifier may take."""
+    tags: Tags = "think-answer"
+    """What counts as well-formed, as in the reward of kind "format"."""
     default_language: str | None = None
     """Measure language consistency as the reward of kind "language" does, with this target for prompts whose language
     neither a column nor the words of the question tell. None: not measured."""

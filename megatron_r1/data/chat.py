@@ -20,14 +20,13 @@ from typing import Literal, Protocol
 from megatron_r1.config.data import R1_ZERO_TEMPLATE
 from megatron_r1.config.errors import UserError
 from megatron_r1.data.file_tokenizers import HuggingFaceTokenizer
-from megatron_r1.data.templates import render
+from megatron_r1.data.templates import ASSISTANT, USER, render
 from megatron_r1.data.tokenizers import Tokenizer
 from megatron_r1.types import Message, Sample
 
 logger = logging.getLogger(__name__)
 
 END = "<｜end▁of▁sentence｜>"  # noqa: RUF001 - how built-in formats write the end of a turn: the tokenizer's eos
-USER, ASSISTANT = "<｜User｜>", "<｜Assistant｜>"  # noqa: RUF001
 THINK_END = "</think>"
 LATER_TEMPLATES = {R1_ZERO_TEMPLATE: "User: {prompt}. Assistant:"}
 """Template -> what wraps the questions after the first; other templates wrap all alike."""

@@ -1,7 +1,7 @@
 """Several prompt sources as one: how many questions of a phase each of them gives, and where each stands.
 
 Between the sources (`data/prompts.py`, each behind a cursor) and the rollout of a `grpo` or `distill` stage. R1's
-second RL stage asks reasoning prompts throughout and general ones in its last steps only (DeepSeek-R1 v2, section 3.2.2).
+second RL stage asks reasoning prompts throughout and general ones in its last steps only (DeepSeek-R1 v2, 3.2.2).
 """
 
 from __future__ import annotations

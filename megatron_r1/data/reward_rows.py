@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any, ClassVar, Generic, Protocol, TypeVar
 
 from megatron_r1.config.data import LabelsConfig, PairsConfig
@@ -46,11 +47,10 @@ class RewardRows(ABC, Generic[Config, Item]):
 
     def __init__(self, config: Config, tokenizer: Tokenizer) -> None:
         path = require_file(config)
-        readers: dict[str, Callable[..., Rows]] = {"jsonl": JsonLines, "parquet": TableRows}
         self.name = path.name
         self.config: Config = config
         self._tokenizer = tokenizer
-        self._rows = readers[config.source](path, config)
+        self._rows = _open(path, config)
         self._length = min(len(self._rows), config.size or len(self._rows))
         if not self._length:
             raise UserError(
@@ -78,6 +78,21 @@ class RewardRows(ABC, Generic[Config, Item]):
             return [answer_sequence(self._tokenizer, self.config.template, question, answer) for answer in answers]
         except UserError as error:
             raise UserError(f"{where}: {error}") from error
+
+
+def count_rows(config: PairsConfig | LabelsConfig) -> int:
+    """How many rows a table names.
+
+    Raises:
+        UserError: a missing file, or a row that is no such item.
+    """
+    rows = len(_open(require_file(config), config))
+    return min(rows, config.size or rows)
+
+
+def _open(path: Path, config: PairsConfig | LabelsConfig) -> Rows:
+    readers: dict[str, Callable[..., Rows]] = {"jsonl": JsonLines, "parquet": TableRows}
+    return readers[config.source](path, config)
 
 
 def answer_sequence(tokenizer: Tokenizer, template: str, question: str, answer: str) -> Sample:

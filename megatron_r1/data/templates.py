@@ -11,6 +11,7 @@ from megatron_r1.config.data import R1_ZERO_TEMPLATE
 from megatron_r1.config.errors import UserError
 
 FIELD = "{prompt}"
+USER, ASSISTANT = "<｜User｜>", "<｜Assistant｜>"  # noqa: RUF001
 
 TEMPLATES = {
     # DeepSeek-R1, arXiv 2501.12948 (v1), Table 1.
@@ -21,6 +22,8 @@ TEMPLATES = {
         "<think> </think> and <answer> </answer> tags, respectively, i.e., <think> reasoning "
         "process here </think> <answer> answer here </answer>. User: {prompt}. Assistant:"
     ),
+    # DeepSeek-V3 and -R1's chat format, as their tokenizers' template writes one question; `data/chat.py` has the rest.
+    "deepseek": f"{USER}{FIELD}{ASSISTANT}",
     "plain": FIELD,
 }
 

@@ -1,4 +1,4 @@
-"""The built-in tokenizers as the files of a Hugging Face tokenizer: same ids, for the export of a model trained on them.
+"""The built-in tokenizers as the files of a Hugging Face tokenizer: for the export of a model trained on them.
 
 Last in the flow of an `export` stage: transformers, SGLang and vLLM then read the model with its text.
 """

@@ -16,8 +16,9 @@ from megatron_r1.config.stages import ExportStage, LanguageModelStage, RewardMod
 from megatron_r1.convert.manifest import MANIFEST
 from megatron_r1.observe.rundir import StageDir, StageState
 
-NOT_CONTENT = (MANIFEST, ".metadata")
-"""Files about other files. torch's .metadata names the folder it was written in, and a random number."""
+NOT_CONTENT = (MANIFEST, ".metadata", "common.pt")
+"""Files of which equal contents have other bytes: torch's .metadata names the folder it was written in, and a pickle
+like common.pt (schedule, cursor) follows which of its objects are one. The weights and moments are not in these."""
 WHOLE = 64 << 20  # bytes of a user's file up to which it is hashed whole
 _BLOCK = 1 << 20
 

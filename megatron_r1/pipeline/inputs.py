@@ -10,10 +10,11 @@ from pydantic import BaseModel
 from megatron_r1.checkpoint import folders
 from megatron_r1.config.errors import UserError
 from megatron_r1.config.run import RunConfig
-from megatron_r1.config.stages import SftStage, Stage
+from megatron_r1.config.stages import RewardModelStage, SftStage, Stage
 from megatron_r1.convert.formats.hf_files import is_hf
 from megatron_r1.convert.source import is_megatron
 from megatron_r1.data.conversations import Conversations
+from megatron_r1.data.reward_rows import count_rows
 from megatron_r1.observe.rundir import RunDir
 from megatron_r1.pipeline.graph import data_tables
 
@@ -43,9 +44,15 @@ def waits_for_data(stage: Stage) -> bool:
 
 def with_steps(stage: Stage) -> Stage:
     """The stage with the steps that its `epochs` mean, counted on its file."""
-    if not isinstance(stage, SftStage) or stage.epochs is None or stage.steps:
+    if not isinstance(stage, SftStage | RewardModelStage) or stage.epochs is None or stage.steps:
         return stage
-    return stage.model_copy(update={"steps": stage.planned_steps(len(Conversations(stage.data)))})
+    if isinstance(stage, SftStage):
+        rows = len(Conversations(stage.data))
+    else:
+        table = stage.pairs or stage.labels
+        assert table is not None, "the schema saw to it"
+        rows = count_rows(table)
+    return stage.model_copy(update={"steps": stage.planned_steps(rows)})
 
 
 def weights_of(source: str, config: RunConfig, run: RunDir) -> Path:

@@ -179,7 +179,7 @@ def measured(stage: SampleStage) -> list[RewardConfig]:
     rules = stage.filter
     return [
         RewardConfig(kind="accuracy", deadline=stage.deadline),
-        RewardConfig(kind="format"),
+        RewardConfig(kind="format", tags=rules.tags),
         RewardConfig(kind="language", default_language=rules.default_language, han_per_word=rules.han_per_word),
     ]
 

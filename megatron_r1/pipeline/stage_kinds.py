@@ -1,4 +1,4 @@
-"""Kind of stage -> the function that runs it on every rank. Each is imported when such a stage runs: they load torch."""
+"""Kind of stage -> the function that runs it on every rank, imported when such a stage runs: they load torch."""
 
 from __future__ import annotations
 

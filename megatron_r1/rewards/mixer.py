@@ -175,7 +175,7 @@ def _raw(
 ) -> float:
     """What a term says of a completion, before its weight."""
     if reward.kind == "format":
-        return float(format_reward(completion))
+        return float(format_reward(completion, reward.tags))
     if reward.kind == "language":
         assert use is not None, "the language reward counts words"
         return use.share

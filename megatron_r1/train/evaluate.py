@@ -85,7 +85,7 @@ def evaluate(
 
 def _measured(table: ProblemSet) -> Iterator[RewardConfig]:
     yield RewardConfig(kind="accuracy", deadline=table.deadline)
-    yield RewardConfig(kind="format")
+    yield RewardConfig(kind="format", tags=table.tags)
     if (language := table.default_language) is not None:
         yield RewardConfig(kind="language", default_language=language, han_per_word=table.han_per_word)
 

@@ -15,7 +15,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from megatron_r1.observe.rundir import RunDir
-from tests.e2e.recipes import RECIPE, finish, living, start, wait_until
+from tests.e2e.recipes import RECIPE, finish, living, rollouts, start, wait_until
 
 BASE = "\n[[stage]]\n".join(RECIPE.split("\n[[stage]]\n")[:2])  # the model, and a stage `pretrain`
 PROMPTS = 'source = "generator", task = "chain_sum", options = { terms = 2 }, template = "plain"'
@@ -25,9 +25,9 @@ MODEL = BASE.split("[model]\n")[1].split("[tokenizer]")[0]
 MORE = f"""
 [[benchmark]]
 name = "sums"
-problems = 4
+problems = 16
 k = 2
-prompts = {{ {PROMPTS}, size = 4, seed = 9 }}
+prompts = {{ {PROMPTS}, size = 16, seed = 9 }}
 {SAMPLING}
 
 [[stage]]
@@ -138,7 +138,7 @@ dtype = "fp32"
 [[stage]]
 kind = "export"
 name = "hf"
-from = "rl2"
+from = "sft"
 dtype = "fp32"
 """
 STUDENT = """
@@ -190,7 +190,7 @@ def begun(run: Path, stage: str) -> bool:
     folder = run / stage
     written = [*folder.glob("checkpoints/step-*[0-9]"), *folder.glob("chunks/*.jsonl"), *folder.glob("hf/*")]
     cut = bool(written) or stage in ("mix", "look")
-    return states.get(stage) == "running" and cut or states.get(stage) == "done"
+    return states.get(stage) == "done" or (states.get(stage) == "running" and cut)
 
 
 @pytest.mark.slow
@@ -224,9 +224,9 @@ def test_a_changed_setting_runs_exactly_what_depends_on_it(whole: Path) -> None:
     assert "stage helpful: runs again (optimizer.lr: was 0.003, now 0.001)" in process.stdout
     again = [line.split("stage ")[1].split()[0] for line in process.stderr.splitlines() if " runs again: " in line]
     # Behind the reward model: rl2, its student, and what reads these. Not the student's base, nor the pairs.
-    assert again == ["helpful", "rl2", "student", "look", "student-hf", "hf"]
+    assert again == ["helpful", "rl2", "student", "look", "student-hf"]
     kept = outputs(whole / "run")
-    assert [name for name in before if before[name] != kept[name]][0] == "helpful"
+    assert next(name for name in before if before[name] != kept[name]) == "helpful"
     assert all(before[name] == kept[name] for name in before if name not in again)
     restored = finish("run", whole / "recipe.toml", "--run-dir", whole / "run")
     assert restored.returncode == 0, restored.stderr
@@ -234,7 +234,7 @@ def test_a_changed_setting_runs_exactly_what_depends_on_it(whole: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("stage", "source"), [("student-hf", "student"), ("hf", "rl2")])
+@pytest.mark.parametrize(("stage", "source"), [("student-hf", "student"), ("hf", "sft")])
 def test_transformers_answers_with_the_same_greedy_tokens(whole: Path, stage: str, source: str) -> None:
     """The answers of Megatron come from an eval stage at a temperature so low that it is greedy."""
     recipe, run = whole / "greedy.toml", whole / "greedy"
@@ -252,9 +252,7 @@ sampling = {{ max_new_tokens = 10, temperature = 1e-4, top_p = 1.0 }}
     head = (whole / "recipe.toml").read_text().split("\n[[stage]]\n")[0]
     recipe.write_text(head + ask)
     process = finish("run", recipe, "--run-dir", run / stage)
-    assert process.returncode in (0, 2), process.stderr
-    from tests.e2e.recipes import rollouts
-
+    assert process.returncode == 0, process.stderr
     (rows,) = rollouts(run / stage, "ask").values()
     folder = whole / "run" / stage / "hf"
     theirs = AutoModelForCausalLM.from_pretrained(folder)

@@ -21,6 +21,7 @@ def test_r1_zero_is_the_papers_table_1() -> None:
 def test_plain_and_custom() -> None:
     assert render("plain", "1+1=?") == "1+1=?"
     assert render("Q: {prompt}\nA:", "why?") == "Q: why?\nA:"
+    assert render("deepseek", "1+1=?") == "<｜User｜>1+1=?<｜Assistant｜>"  # noqa: RUF001
 
 
 def test_braces_are_text() -> None:
@@ -33,4 +34,4 @@ def test_no_field() -> None:
         render("r1_zero", "1+1=?")
     message = str(caught.value)
     assert "'r1_zero' has no {prompt} field" in message
-    assert '"r1-zero", "plain"' in message
+    assert '"r1-zero", "deepseek", "plain"' in message

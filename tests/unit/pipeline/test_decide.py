@@ -61,6 +61,9 @@ data = { path = "mine.jsonl" }
 """
 
 
+ALL = Choice()
+
+
 class Run:
     """A run directory in which every stage is done."""
 
@@ -93,7 +96,7 @@ class Run:
         )
         self.dir.replace_stage(state)
 
-    def actions(self, *overrides: str, choice: Choice = Choice()) -> dict[str, str]:
+    def actions(self, *overrides: str, choice: Choice = ALL) -> dict[str, str]:
         return {found.name: found.action for found in decide(self.config(*overrides), self.dir, choice)}
 
     def why(self, name: str, *overrides: str) -> str:

@@ -18,7 +18,14 @@ models.student = { preset = "tiny-dense" }
 tokenizer.kind = "char"
 """
 PROMPTS = 'prompts = { source = "generator", task = "chain_sum" }'
-BASE = '[[stage]]\nkind = "pretrain"\nname = "base"\nsteps = 1\noptimizer.lr = 1e-3\ncorpus = [{ styles = { steps = 1 } }]\n'
+BASE = """
+[[stage]]
+kind = "pretrain"
+name = "base"
+steps = 1
+optimizer.lr = 1e-3
+corpus = [{ styles = { steps = 1 } }]
+"""
 ZERO = f"""
 [[stage]]
 kind = "grpo"

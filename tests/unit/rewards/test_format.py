@@ -84,3 +84,21 @@ def test_hostile_text_takes_linear_time(text: str) -> None:
     begin = time.process_time()
     assert format_reward(completion(text)) == 0
     assert time.process_time() - begin < 1.0
+
+
+@pytest.mark.parametrize(
+    ("text", "reward"),
+    [
+        ("<think>\na\n</think>\n\nThe answer is \\boxed{8}.", 1),
+        ("<think></think>8", 1),
+        ("<think>a</think>", 0),
+        ("<think>a</think> \n", 0),
+        ("<think>a</think><answer>8</answer>", 0),
+        ("<think>a</think>8<think>b</think>9", 0),
+        ("a</think>8", 0),
+        ("so <think>a</think>8", 0),
+    ],
+)
+def test_a_thought_and_a_summary_without_tags(text: str, reward: int) -> None:
+    assert format_reward(completion(text), "think") == reward
+    assert format_reward(completion(text, "length"), "think") == 0
