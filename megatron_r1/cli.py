@@ -20,7 +20,7 @@ from megatron_r1.config.errors import RunFailed, UserError
 from megatron_r1.config.run import RunConfig
 from megatron_r1.config.stages import EpochStage
 from megatron_r1.convert.command import add_convert
-from megatron_r1.pipeline.serve_command import add_serve
+from megatron_r1.pipeline.outputs.serve_command import add_serve
 
 if TYPE_CHECKING:
     from megatron_r1.pipeline.decide import Choice, Decision
@@ -236,8 +236,8 @@ def _run(arguments: argparse.Namespace) -> int:
     from megatron_r1.config.load import load
     from megatron_r1.config.validate import check_world
     from megatron_r1.observe.rundir import RunDir
-    from megatron_r1.pipeline.decide import Choice, decide
-    from megatron_r1.pipeline.run import preflight
+    from megatron_r1.pipeline.decide import Choice, ahead_of, decide
+    from megatron_r1.pipeline.preflight import preflight
 
     variables = rank_variables(os.environ)
     config = load(arguments.recipe, arguments.overrides)
@@ -245,14 +245,15 @@ def _run(arguments: argparse.Namespace) -> int:
         raise UserError("--nproc starts processes, but this process is already a rank (RANK is set); leave it out")
     world = int(variables["WORLD_SIZE"]) if variables else arguments.nproc or config.parallel.world_size
     check_world(config.parallel, world)
-    preflight(config, world)
     run_dir = (arguments.run_dir or Path("runs") / config.name).resolve()
+    run = RunDir(run_dir)
     choice = Choice(frozenset(arguments.only), arguments.until, frozenset(arguments.force))
+    decisions = decide(config, run, choice)
+    preflight(config, world, ahead_of(decisions))
     if arguments.dry_run:
-        print(_plan(config, world, run_dir, decide(config, RunDir(run_dir), choice)))
+        print(_plan(config, world, run_dir, decisions))
         return 0
     if variables is None:
-        decisions = decide(config, RunDir(run_dir), choice)
         _write_files(arguments.recipe, config, run_dir)
         _announce(decisions)
         return _start_ranks(config, world, run_dir, choice)
@@ -306,15 +307,17 @@ def _write_files(recipe: Path, config: RunConfig, run_dir: Path) -> None:
     """What was asked, what it became, and in what it departs from the paper."""
     from megatron_r1.config.departures import departures
     from megatron_r1.config.load import dump
+    from megatron_r1.observe.liveness import at_work
     from megatron_r1.observe.rundir import Departure, RunDir, write_text
 
     run = RunDir(run_dir)
     found = departures(config)
     try:
-        if recipe.resolve() != run.resolved:  # else a run is continued from its resolved recipe: keep the first one
-            write_text(run.recipe, recipe.read_text(encoding="utf-8"))
-        write_text(run.resolved, dump(config))
-        run.write_departures([Departure(key=d.key, paper=d.paper, here=d.here, why=d.why) for d in found])
+        with at_work(run):  # no files of another run that is going on are overwritten
+            if recipe.resolve() != run.resolved:  # else a run is continued from its resolved recipe: keep the first
+                write_text(run.recipe, recipe.read_text(encoding="utf-8"))
+            write_text(run.resolved, dump(config))
+            run.write_departures([Departure(key=d.key, paper=d.paper, here=d.here, why=d.why) for d in found])
     except OSError as error:
         raise UserError(
             f"the run directory {run_dir} cannot be written: {error.strerror}; choose another with --run-dir"

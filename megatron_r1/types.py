@@ -36,6 +36,7 @@ class Prompt:
     metadata: dict[str, Any] = field(default_factory=dict)
     language: str | None = None  # code (`config/languages.py`) where the source says it; None: read it off the question
     domain: str = "reasoning"  # of its source; rewards name the domains that they score
+    source: int = 0  # number of the stage's prompt source that it comes from
 
 
 @dataclass(kw_only=True, slots=True)
@@ -76,6 +77,7 @@ class Score:
     parts: dict[str, float]
     verdict: Verdict
     language: LanguageUse | None = None  # None: not asked for
+    in_format: bool | None = None  # whether it is well-formed; None: not asked for
 
 
 @dataclass(kw_only=True, slots=True)

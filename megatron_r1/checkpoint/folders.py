@@ -86,12 +86,18 @@ def require_reward_model(path: Path) -> None:
     """Raise UserError unless this is a complete checkpoint of a reward_model stage."""
     if of_training(path):
         check(path)
-        if HEAD in read_pickle(path / ".metadata").state_dict_metadata:
+        if holds_reward_model(path):
             return
     raise UserError(
         f"{path} holds no reward model: it has no scalar head ({HEAD}). Name a stage of kind "
         '"reward_model", its folder, or a checkpoint in it'
     )
+
+
+def holds_reward_model(checkpoint: Path) -> bool:
+    """Whether this checkpoint of training has a scalar head in the place of an output layer."""
+    metadata = checkpoint / ".metadata"
+    return metadata.is_file() and HEAD in read_pickle(metadata).state_dict_metadata
 
 
 def check(path: Path) -> None:

@@ -10,6 +10,8 @@ from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt, model_va
 from megatron_r1.config.base import Table
 
 R1_ZERO_TEMPLATE = "r1-zero"
+NEED_REFERENCE = (None, "integer", "exact", "math", "choice", "judge")
+"""Verifiers of files that compare with a reference answer; others accept everything, or know what is right."""
 Tags = Literal["think-answer", "think"]
 """What a well-formed answer is: `<think>..</think><answer>..</answer>` as R1-Zero's template asks for, or
 `<think>..</think>` and a summary, as in R1's chat format."""
@@ -64,14 +66,20 @@ class PromptsConfig(Table):
     """"r1-zero", "deepseek" (its chat format), "plain", or a text that contains `{prompt}`."""
     shuffle: bool = True
     """Draw prompts in a new order each epoch."""
+    max_bad_rows: NonNegativeInt = 0
+    """Files: rows that may be malformed or without the answer that their verifier needs: each is reported with its file
+    and line (parquet, datasets: its row), left out and counted; one more ends the run. 0: the first is an error. In a
+    stream (options.streaming) the first always is."""
     domain: str = Field(default="reasoning", pattern=r"^[a-z0-9][a-z0-9_-]*$")
     """What kind of prompts these are, e.g. "reasoning", "helpful", "harmless": rewards name the domains that they
     score, dataset cards and metrics count by it."""
     weight: PositiveFloat = 1.0
-    """With several sources: this one's share of a phase, against the others that take part."""
+    """With several sources: this one's share of the questions, against the others that take part. Over many phases each
+    gets its share to within one question, counted from where it begins to take part."""
     last_steps: PositiveInt | None = None
-    """grpo only: takes part in the last so many optimizer steps of the stage (the paper's second RL stage: general
-    prompts in the last 400 of 1,700). None: always."""
+    """grpo only: takes part in the phases that begin in the last so many optimizer steps of the stage (the paper's
+    second RL stage: general prompts in the last 400 of 1,700; with 16 steps a phase that is 388, from the phase of step
+    1,312 on). None: always."""
 
     @model_validator(mode="after")
     def _source_arguments(self) -> PromptsConfig:
@@ -80,6 +88,11 @@ class PromptsConfig(Table):
             raise ValueError(f"source {self.source!r} needs `path`")
         if not needs_path and self.task is None:
             raise ValueError(f"source {self.source!r} needs `task`")
+        if self.max_bad_rows and (not needs_path or self.options.get("streaming", False)):
+            raise ValueError(
+                f"max_bad_rows = {self.max_bad_rows} without effect: problems that are made, and streams, are read one "
+                "by one, and the first bad one is an error; remove it"
+            )
         if not needs_path and self.language_key is not None:
             raise ValueError(
                 f"language_key = {self.language_key!r} names a column, and source {self.source!r} has none; remove it "
@@ -115,10 +128,13 @@ class PairsConfig(Table):
     rejected_key: str = "rejected"
     """Column of the other answer."""
     template: str = "plain"
-    """"r1-zero", "deepseek", "plain", or a text that contains `{prompt}`: what the answers follow. Take the one under which the
-    model that is to be scored answers."""
+    """"r1-zero", "deepseek", "plain", or a text that contains `{prompt}`: what the answers follow. Take the one under
+    which the model that is to be scored answers."""
     shuffle: bool = True
     """Draw pairs in a new order each epoch."""
+    max_bad_rows: NonNegativeInt = 0
+    """Rows that may be malformed: each is reported with its file and line (parquet: its row), left out and counted; one
+    more ends the run. 0: the first is an error."""
 
     @model_validator(mode="after")
     def _template(self) -> PairsConfig:
@@ -155,6 +171,9 @@ class LabelsConfig(Table):
     """"r1-zero", "deepseek", "plain", or a text that contains `{prompt}`: what the answers follow."""
     shuffle: bool = True
     """Draw rows in a new order each epoch."""
+    max_bad_rows: NonNegativeInt = 0
+    """Rows that may be malformed: each is reported with its file and line (parquet: its row), left out and counted; one
+    more ends the run. 0: the first is an error."""
 
     @model_validator(mode="after")
     def _template(self) -> LabelsConfig:

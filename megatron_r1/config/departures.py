@@ -3,10 +3,10 @@
 The paper's values are those of R1-Zero (arXiv 2501.12948, training details of R1-Zero; evaluation set-up of the same
 paper), those of R1's second RL stage for `grpo` stages with a reward model (v2, section 3.2.2), and for `sft` stages
 those of R1's two fine-tunings or, where `student` or the model is one of the paper's students, of its distillation
-(v2, appendix B.4.2 and B.4.3). Four cells are not stated there and are named so below: the clip range is
-that of R1's first RL stage, the token-wise aggregation is DeepSeekMath's (arXiv 2402.03300 eq. 3), the precision is
-that in which DeepSeek-V3 was trained (arXiv 2412.19437, section 3.3), the standard deviation's kind is open and so is
-never a departure.
+(v2, appendix B.4.2 and B.4.3), for `preferences` and `reward_model` stages those of its reward models (v2, section
+3.1.2). Four cells are not stated there and are named so below: the clip range is that of R1's first RL stage, the
+token-wise aggregation is DeepSeekMath's (arXiv 2402.03300 eq. 3), the precision is that in which DeepSeek-V3 was
+trained (arXiv 2412.19437, section 3.3), the standard deviation's kind is open and so is never a departure.
 """
 
 from __future__ import annotations
@@ -19,8 +19,16 @@ from typing import Any
 from pydantic import BaseModel
 
 from megatron_r1.config.optim import STUDENTS, SamplingConfig, Student
+from megatron_r1.config.rewards import RewardConfig
 from megatron_r1.config.run import RunConfig
-from megatron_r1.config.stages import BenchmarkConfig, EvalStage, GrpoStage, SftStage
+from megatron_r1.config.stages import (
+    BenchmarkConfig,
+    EvalStage,
+    GrpoStage,
+    PreferencesStage,
+    RewardModelStage,
+    SftStage,
+)
 
 PAPER_GRPO: dict[str, tuple[Any, str]] = {
     "optimizer.lr": (3e-6, "R1-Zero's learning rate; the optimum grows as models shrink"),
@@ -67,6 +75,17 @@ PAPER_SFT: dict[str, tuple[Any, str]] = {
     "batch": (128, "both fine-tunings of DeepSeek-V3-Base; distillation: 64"),
     "max_length": (32768, "the context of fine-tuning and distillation"),
 }
+PAPER_REWARD_MODEL: dict[str, tuple[Any, str]] = {
+    "optimizer.lr": (6e-6, "the helpful reward model"),
+    "batch": (256, "the helpful reward model"),
+    "max_length": (8192, "the longest sequence of training; none is set for scoring"),
+}
+PAPER_PREFERENCES: dict[str, tuple[Any, str]] = {
+    "votes": (4, "each pair is judged four times, in random order"),
+    "margin": (1.0, "pairs of a mean difference above 1 are kept"),
+    "balance_length": (True, "chosen and rejected answers are about as long, against a bias for length"),
+}
+PAPER_SEES = {"pairs": ("summary", "helpfulness: the final summary alone"), "labels": ("response", "safety: all of it")}
 PRESET_STUDENTS: dict[str, Student] = {
     "qwen2.5-math-1.5b": "qwen-1.5b",
     "qwen2.5-1.5b": "qwen-1.5b",
@@ -82,6 +101,8 @@ models."""
 PAPER_EPOCHS = (2, 3)
 PAPER_PREFERENCE_STEPS = 400
 PAPER_PRECISION = ("fp8-blockwise", "DeepSeek-V3's, with bf16; none is stated for the RL")
+PAPER_REWARD_EPOCHS = 1
+PAPER_CHAT_TEMPLATE = ("deepseek", "R1's later stages answer in DeepSeek's chat format")
 PAPER_EVAL: dict[str, tuple[Any, str]] = {
     "sampling.temperature": (0.6, "the paper's evaluation set-up"),
     "sampling.top_p": (0.95, "the paper's evaluation set-up"),
@@ -89,9 +110,12 @@ PAPER_EVAL: dict[str, tuple[Any, str]] = {
     "sampling.max_new_tokens": (32768, "the paper's evaluation set-up"),
 }
 # The file's name of a key that is read through a property.
-SPELLED = {"epsilon_high": "clip_high"}
+SPELLED = {"epsilon_high": "clip_high", "shown": "sees"}
 # Once the KL term is off, only that is the departure: its other keys have no effect.
 NEEDS_KL = ("grpo.loss.kl", "grpo.loss.reference_every")
+
+
+Compared = GrpoStage | SftStage | RewardModelStage | PreferencesStage | EvalStage | BenchmarkConfig
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -112,7 +136,7 @@ class Departure:
 
 
 def departures(config: RunConfig) -> list[Departure]:
-    """Every key of the GRPO, SFT and evaluation stages that departs from the paper, in the
+    """Every key of the GRPO, SFT, reward-model, preferences and evaluation stages that departs from the paper, in the
     order of the stages, after the precision that they share and before the benchmarks.
     """
     found: list[Departure] = []
@@ -128,6 +152,11 @@ def departures(config: RunConfig) -> list[Departure]:
         elif isinstance(stage, SftStage):
             found += _compare(stage, _fine_tuning(stage, config.model_of(stage).preset), skip=())
             found += _floor_and_epochs(stage)
+        elif isinstance(stage, RewardModelStage):
+            found += _compare(stage, PAPER_REWARD_MODEL, skip=())
+            found += _reward_epochs(stage)
+        elif isinstance(stage, PreferencesStage):
+            found += _preferences(stage)
         elif isinstance(stage, EvalStage):
             found += _stop(stage)
             found += _compare(stage, PAPER_EVAL, skip=())
@@ -145,20 +174,18 @@ def _silent(stage: GrpoStage) -> tuple[str, ...]:
     return () if loss.kl_coefficient > 0 else NEEDS_KL
 
 
-def _place(stage: GrpoStage | SftStage | EvalStage | BenchmarkConfig) -> str:
+def _place(stage: Compared) -> str:
     return f"{'benchmark' if isinstance(stage, BenchmarkConfig) else 'stage'}.{stage.name}"
 
 
-def _compare(
-    stage: GrpoStage | SftStage | EvalStage | BenchmarkConfig, paper: dict[str, tuple[Any, str]], skip: Iterable[str]
-) -> Iterator[Departure]:
+def _compare(stage: Compared, paper: dict[str, tuple[Any, str]], skip: Iterable[str]) -> Iterator[Departure]:
     for key, (value, why) in paper.items():
         for spelled, given in _values(stage, key):
             if key not in skip and given != value:
                 yield Departure(key=f"{_place(stage)}.{spelled}", paper=_spell(value), here=_spell(given), why=why)
 
 
-def _values(stage: GrpoStage | SftStage | EvalStage | BenchmarkConfig, key: str) -> list[tuple[str, Any]]:
+def _values(stage: Compared, key: str) -> list[tuple[str, Any]]:
     """(key as the file spells it, value): one, or one for each table of an array of several."""
     *names, last = key.split(".")
     found: list[tuple[str, Any]] = [("", stage)]
@@ -185,10 +212,16 @@ def _stop(stage: GrpoStage | EvalStage | BenchmarkConfig) -> Iterator[Departure]
 
 
 def _reinforcement(stage: GrpoStage) -> dict[str, tuple[Any, str]]:
-    """The paper's values for this stage: with a reward model it is R1's second one."""
-    if not any(reward.kind == "model" for reward in stage.reward):
+    """The paper's values for this stage: with a reward model it is R1's second one, with the language reward its first,
+    else R1-Zero.
+    """
+    kinds = {reward.kind for reward in stage.reward}
+    if not kinds & {"language", "model"}:
         return PAPER_GRPO
-    return PAPER_GRPO | {"sampling.temperature": (0.7, "R1's second RL stage: higher ones gave incoherent text")}
+    later = PAPER_GRPO | {"prompts.template": PAPER_CHAT_TEMPLATE}
+    if "model" not in kinds:
+        return later
+    return later | {"sampling.temperature": (0.7, "R1's second RL stage: higher ones gave incoherent text")}
 
 
 def _fine_tuning(stage: SftStage, preset: str | None) -> dict[str, tuple[Any, str]]:
@@ -215,6 +248,19 @@ def _floor_and_epochs(stage: SftStage) -> Iterator[Departure]:
         yield Departure(key=f"stage.{stage.name}.epochs", paper=f"{low} to {high}", here=here, why=why)
 
 
+def _reward_epochs(stage: RewardModelStage) -> Iterator[Departure]:
+    if stage.epochs != PAPER_REWARD_EPOCHS:
+        here = f"steps = {stage.steps}" if stage.epochs is None else _spell(stage.epochs)
+        why = "one pass over the pairs"
+        yield Departure(key=f"stage.{stage.name}.epochs", paper=_spell(PAPER_REWARD_EPOCHS), here=here, why=why)
+
+
+def _preferences(stage: PreferencesStage) -> Iterator[Departure]:
+    if stage.form == "pairs":
+        yield from _compare(stage, PAPER_PREFERENCES, skip=())
+    yield from _compare(stage, {"shown": PAPER_SEES[stage.form]}, skip=())
+
+
 def _mask_limits(stage: GrpoStage) -> Iterator[Departure]:
     """Limits that change the objective; those that warn or stop only watch it."""
     masks = [f"{x.metric} above {_spell(x.threshold)}" for x in stage.grpo.mismatch_limit if x.action == "mask"]
@@ -232,15 +278,13 @@ def _rewards(stage: GrpoStage) -> Iterator[Departure]:
     its first version names the accuracy alone; in its second all three, and one reward model a general prompt in the
     last 400 steps. All of equal weight; only the proportion of the weights matters.
     """
-    weights: dict[str, float] = {}
+    weights = {reward.label: reward.weight for reward in stage.reward}
     models = [reward for reward in stage.reward if reward.kind == "model"]
-    for reward in stage.reward:
-        others = 0.0 if reward.kind == "model" else weights.get(reward.kind, 0.0)  # no prompt has two reward models
-        weights[reward.kind] = others + reward.weight
     paper: tuple[str, ...] = ("accuracy", "language") if "language" in weights else ("accuracy", "format")
     if models:
-        paper = ("accuracy", "format", "language", "model")
+        paper = ("accuracy", "format", "language", *(reward.label for reward in models))
     for reward in models:
+        yield from _reasoning_by_rule(stage, reward)
         if reward.last_steps != PAPER_PREFERENCE_STEPS:
             yield Departure(
                 key=f"stage.{stage.name}.reward.{reward.label}.last_steps",
@@ -255,6 +299,20 @@ def _rewards(stage: GrpoStage) -> Iterator[Departure]:
             paper=_spell(dict.fromkeys(paper, 1)),
             here=_spell(weights),
             why=f"{' and '.join(paper)}, of the same weight",
+        )
+
+
+def _reasoning_by_rule(stage: GrpoStage, model: RewardConfig) -> Iterator[Departure]:
+    """Prompts that a rule judges, and a reward model on top of it."""
+    ruled = [reward for reward in stage.reward if reward.kind == "accuracy"]
+    domains = {source.domain for source in stage.prompts}
+    both = sorted(x for x in domains if model.covers(x) and any(rule.covers(x) for rule in ruled))
+    if both:
+        yield Departure(
+            key=f"stage.{stage.name}.reward.{model.label}.domains",
+            paper="those without the accuracy reward",
+            here=f"{', '.join(both)} too",
+            why="reasoning prompts are judged by rule alone",
         )
 
 

@@ -1,7 +1,7 @@
 """Keys of the stages that would have no effect with this architecture, or contradict another table. No torch.
 
-Each table refuses what it can see alone (`config/grpo.py`, `config/model.py`); `pipeline/run.py` calls `check_effects`
-before any process starts, when the architecture is known.
+Each table refuses what it can see alone (`config/grpo.py`, `config/model.py`); `pipeline/preflight.py` calls
+`check_effects` before any process starts, when the architecture is known.
 """
 
 from __future__ import annotations

@@ -226,9 +226,10 @@ class GrpoConfig(Table):
     """Fate of groups whose rewards are all equal: keep their zero advantages (the paper; they still feel the KL
     term and count in denominators) or drop them from training. Counted either way."""
     dynamic_sampling: bool = False
-    """DAPO: sample further prompts until every group of the phase has signal."""
+    """DAPO: sample further prompts until every group of the phase has signal, of each source as many as its share."""
     max_resampling: int = Field(default=4, ge=1, le=64)
-    """With dynamic_sampling: at most this many rollout rounds a phase, then go on with what there is."""
+    """With dynamic_sampling: at most this many rollout rounds a phase, then go on with what there is: further groups of
+    the other sources take the places of those that a source still lacks."""
     expert_bias: Literal["frozen", "updated"] = "frozen"
     """The aux-loss-free balancing bias of the router during RL."""
     routing_replay: Literal["none", "trainer", "rollout"] = "none"
@@ -281,8 +282,9 @@ class RewardWatchConfig(Table):
     """`[stage.watch]`: reward hacking shows as a reward model's score that rises while the accuracy of the rule-judged
     prompts falls (DeepSeek-R1 v2, appendix B.5). It warns and draws both."""
 
-    window: PositiveInt = 20
-    """Phases that two means are taken over: the last so many, against the first so many with that reward model."""
+    window: PositiveInt = 8
+    """Phases that two means are taken over: the last so many, against the first so many with that reward model. Nothing
+    is said before there are so many; the paper's last 400 steps are 25 phases or less."""
     rise: NonNegativeFloat = 0.1
     """Rise of a reward model's mean value, in its standard deviations over the first window, that counts."""
     fall: NonNegativeFloat = 0.02

@@ -32,8 +32,8 @@ class RewardConfig(Table):
     domains: list[str] = Field(default_factory=list)
     """Domains of the prompts that this term scores; it is 0 for others. Empty: all."""
     last_steps: PositiveInt | None = None
-    """Only in the last so many optimizer steps of the stage (the paper's preference rewards: 400 of 1,700), 0 before.
-    None: always."""
+    """Only in the phases that begin in the last so many optimizer steps of the stage, 0 before (the paper's preference
+    rewards: 400 of 1,700; with 16 steps a phase that is 388). None: always."""
     deadline: PositiveFloat = 1.0
     """accuracy: seconds a verifier may take before its verdict is `unknown`."""
     unknown: float = 0.0
@@ -57,8 +57,9 @@ class RewardConfig(Table):
     that contains `{prompt}`). None: "plain". Stages of the recipe bring their own."""
     url: str | None = None
     """model: instead of `from`: the address of a `megatron-r1 serve` process, e.g. "http://node7:8123"."""
-    sees: Literal["summary", "response"] = "response"
-    """model: what is scored: what follows the thought (the paper's helpful model), or all (its safety model)."""
+    sees: Literal["summary", "response"] | None = None
+    """model: what is scored: what follows the thought (the paper's helpful model), or all (its safety model). None: as
+    the `preferences` stage of which the model's stage learns; where there is none, all."""
     transform: Literal["none", "sigmoid"] = "none"
     """model: the value as it is, or its sigmoid, in (0, 1)."""
     timeout: PositiveFloat = 300.0

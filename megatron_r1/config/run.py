@@ -2,14 +2,36 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 from pydantic import Field, PositiveInt, model_validator
 
 from megatron_r1.config.base import Table
 from megatron_r1.config.model import ModelConfig, ParallelConfig, TokenizerConfig
-from megatron_r1.config.stages import AskedProblems, BenchmarkConfig, EvalStage, Stage
+from megatron_r1.config.rewards import RewardConfig
+from megatron_r1.config.stages import (
+    AskedProblems,
+    BenchmarkConfig,
+    EvalStage,
+    PreferencesStage,
+    RewardModelStage,
+    Stage,
+)
 
 CLOSING_COLUMNS = ("row", "stage", "accuracy", "language", "format", "mean_tokens", "problems", "seconds")
 """Columns of the closing table (`observe/evaluations.py`) that no benchmark's may be mistaken for."""
+
+
+RESERVED_NAMES = (
+    "logs",
+    "superseded",
+    "recipe.toml",
+    "resolved.toml",
+    "stages.json",
+    "departures.json",
+    "summary.json",
+)
+"""Names in a run directory (`observe/rundir.py`) that no stage can have."""
 
 
 class RunConfig(Table):
@@ -36,6 +58,20 @@ class RunConfig(Table):
         """The model that a stage trains, samples from or writes."""
         return self.model if stage.model is None else self.models[stage.model]
 
+    def trained_on(self, reward: RewardConfig) -> PreferencesStage | None:
+        """The stage that wrote what a reward's model was trained on, where both are stages of this recipe."""
+        stages = {stage.name: stage for stage in self.stage}
+        model = stages.get(reward.init_from or "")
+        rows = (model.pairs or model.labels) if isinstance(model, RewardModelStage) else None
+        origin = stages.get(rows.stage or "") if rows is not None else None
+        return origin if isinstance(origin, PreferencesStage) else None
+
+    def sees(self, reward: RewardConfig) -> Literal["summary", "response"]:
+        """What a reward model is given to score: what it was trained on, as far as this recipe tells."""
+        origin = self.trained_on(reward)
+        trained = "response" if origin is None else origin.shown
+        return reward.sees or trained
+
     def problem_sets(self, stage: EvalStage) -> list[AskedProblems]:
         """What an eval stage asks, in the order that it names them: its own prompts, or benchmarks."""
         if stage.prompts is not None:
@@ -54,6 +90,10 @@ class RunConfig(Table):
         for i, stage in enumerate(self.stage):
             if stage.name in names[:i]:
                 raise ValueError(f"two stages are called {stage.name!r}; names must differ")
+            if stage.name in RESERVED_NAMES:
+                raise ValueError(
+                    f"a stage cannot be called {stage.name!r}: the run directory uses that name; rename it"
+                )
             if stage.kind in ("eval", "export", "sample", "preferences") and i == 0 and stage.init_from is None:
                 raise ValueError(
                     f"stage {stage.name!r} ({stage.kind}) has no weights: set `from` to a checkpoint folder"

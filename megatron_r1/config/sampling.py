@@ -47,11 +47,14 @@ class DecontaminateConfig(Table):
     10-gram filter)."""
 
     n: PositiveInt = 10
-    """Words in a row that a question or an answer may not share with an evaluation's question; a shorter question
-    counts as a whole. A Chinese character, a number and a sign are each a word."""
+    """Words in a row that a row may not share with an evaluation's question, or with a reference answer or solution of
+    that many words. A run of letters, a number and a Chinese character are each a word; signs and names of LaTeX
+    commands are passed over. A question of fewer words counts as a whole, signs included."""
     evaluations: bool = True
     """Against every benchmark and eval stage of this recipe."""
     files: list[Path] = Field(default_factory=list)
     """Against these jsonl files too."""
     key: str = "question"
     """Column of the question in `files`."""
+    answer_key: str = "answer"
+    """Column of the reference answer or solution in `files`, where they have it."""

@@ -34,6 +34,7 @@ from megatron_r1.config.optim import (
 )
 from megatron_r1.config.rewards import RewardConfig
 from megatron_r1.config.sampling import DecontaminateConfig, FilterConfig
+from megatron_r1.config.schedule import check_always, check_schedule
 
 PromptSources = Annotated[
     list[PromptsConfig], BeforeValidator(lambda given: [given] if isinstance(given, dict | PromptsConfig) else given)
@@ -186,6 +187,7 @@ class GrpoStage(TrainStage):
     @model_validator(mode="after")
     def _whole_distribution(self) -> GrpoStage:
         check_untruncated(self.sampling, "grpo")
+        check_schedule(self.steps, self.grpo.minibatches * self.grpo.epochs, self.prompts, self.reward)
         return self
 
     @model_validator(mode="after")
@@ -291,6 +293,11 @@ class BenchmarkConfig(ProblemSet):
     """Its name: in eval stages, metrics (eval/<name>/...) and the closing table."""
     prompts: PromptsConfig
 
+    @model_validator(mode="after")
+    def _always(self) -> BenchmarkConfig:
+        check_always([self.prompts], "a benchmark")
+        return self
+
 
 class AskedProblems(NamedTuple):
     """A problem set as an eval stage asks it, whether its own or a benchmark; see `RunConfig.problem_sets`."""
@@ -320,6 +327,7 @@ class EvalStage(ProblemSet, StageBase):
     def _problems(self) -> EvalStage:
         if (self.prompts is None) == (not self.benchmarks):
             raise ValueError("give exactly one of `prompts` and `benchmarks`")
+        check_always([] if self.prompts is None else [self.prompts], "an eval stage")
         if self.benchmarks:
             given = sorted(self.model_fields_set & set(ProblemSet.model_fields))
             if any(getattr(self, key) != ProblemSet.model_fields[key].default for key in given if key != "sampling"):
@@ -376,6 +384,11 @@ class SampleStage(StageBase):
     chunk: PositiveInt = 64
     """Prompts between two points from which a killed stage goes on."""
 
+    @model_validator(mode="after")
+    def _always(self) -> SampleStage:
+        check_always(self.prompts, "a sample stage")
+        return self
+
 
 class PreferencesStage(StageBase):
     """Training data of a reward model: several answers a prompt, compared by a judge into preference pairs, or
@@ -396,8 +409,9 @@ class PreferencesStage(StageBase):
     """Pairs are kept where the mean verdict is above this, on the scale of -3 (A<<B), -1, 0, 1, 3 (A>>B)."""
     balance_length: bool = True
     """Leave out pairs until chosen and rejected answers are about as long on average, as in the paper."""
-    sees: Literal["summary", "response"] = "summary"
-    """What judge and reward model are given: what follows the thought (the paper: helpfulness), or all (safety)."""
+    sees: Literal["summary", "response"] | None = None
+    """What judge and reward model are given: what follows the thought, or all. None: as in the paper, the summary for
+    pairs (helpfulness), the response for labels (safety)."""
     chunk: PositiveInt = 64
     """Prompts between two points from which a killed stage goes on."""
 
@@ -405,7 +419,13 @@ class PreferencesStage(StageBase):
     def _pairs(self) -> PreferencesStage:
         if self.form == "pairs" and self.n % 2:
             raise ValueError(f'n = {self.n}: form = "pairs" compares answers two by two; use an even number')
+        check_always(self.prompts, "a preferences stage")
         return self
+
+    @property
+    def shown(self) -> Literal["summary", "response"]:
+        """What judge and reward model are given; by default as in the paper (v2, section 3.1.2)."""
+        return self.sees or ("summary" if self.form == "pairs" else "response")
 
 
 class MixStage(StageBase):
@@ -439,6 +459,7 @@ class DistillStage(TrainStage):
     @model_validator(mode="after")
     def _whole_distribution(self) -> DistillStage:
         check_untruncated(self.sampling, "distill")
+        check_always(self.prompts, "a distill stage")
         return self
 
 

@@ -7,20 +7,17 @@ question, is too long, or cannot be written.
 
 from __future__ import annotations
 
-from array import array
 from collections.abc import Mapping
-from functools import partial
-from itertools import islice
 from typing import Any
 
 from megatron_r1.config.data import ConversationsConfig
 from megatron_r1.config.errors import UserError
 from megatron_r1.config.stages import SftStage
 from megatron_r1.data.chat import build_format, encode_conversation
+from megatron_r1.data.checked_rows import CheckedRows
 from megatron_r1.data.cursor import PromptCursor
-from megatron_r1.data.files import BadRows, DatasetRows, JsonLines, Rows, TableRows, require_file
 from megatron_r1.data.heldout import heldout_ids, question_hash
-from megatron_r1.data.records import check_row, read_messages
+from megatron_r1.data.records import read_messages
 from megatron_r1.data.tokenizers import Tokenizer
 from megatron_r1.types import Conversation, Sample
 
@@ -33,38 +30,21 @@ class Conversations:
     """
 
     def __init__(self, config: ConversationsConfig) -> None:
-        path = require_file(config)
-        self.name = path.name
-        self.bad = BadRows(config.max_bad_rows)
+        self._rows = CheckedRows(config, "conversation")
+        self.name, self.bad = self._rows.name, self._rows.bad
         self._config = config
-        self._rows: Rows
-        if config.source == "jsonl":
-            self._rows = JsonLines(path, config, self.bad)
-            self._good = array("Q", range(len(self._rows)))
-        else:
-            self._rows = TableRows(path, config) if config.source == "parquet" else DatasetRows(path, config)
-            good = (index for index in range(len(self._rows)) if self.bad.passes(partial(self._check, index)))
-            self._good = array("Q", islice(good, config.size))
-        if not self._good:
-            raise UserError(f"{config.table}.path: {path} holds no conversation; one is needed at least")
 
     def __len__(self) -> int:
-        return len(self._good)
+        return len(self._rows)
 
     def __getitem__(self, index: int) -> Conversation:
-        if not 0 <= index < len(self):
-            raise IndexError(f"conversation {index} of {self.name}, which has {len(self)}")
-        row = self._good[index]
-        where = self._rows.where(row)
-        messages = read_messages(self._rows[row], self._config, where)
-        return Conversation(id=f"{self.name}:{row}", where=where, messages=messages)
+        where = self._rows.where(index)
+        messages = read_messages(self._rows[index], self._config, where)
+        return Conversation(id=f"{self.name}:{self._rows.number(index)}", where=where, messages=messages)
 
     def row(self, index: int) -> Mapping[str, Any]:
         """All columns of that row."""
-        return self._rows[self._good[index]]
-
-    def _check(self, row: int) -> None:
-        check_row(self._rows[row], self._config, self._rows.where(row))
+        return self._rows[index]
 
 
 class ConversationBatches:

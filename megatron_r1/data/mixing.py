@@ -1,8 +1,8 @@
 """Which rows of several sources of conversations go into a mix, and in which order.
 
-Between the sources (`data/conversations.py`) and the data.jsonl of a `mix` stage (`pipeline/mix.py`). Each source is
-read once: a row is left out, and counted, when it is malformed, was there before, or shares words with an evaluation
-(`data/decontaminate.py`). Memory holds a few numbers a row.
+Between the sources (`data/conversations.py`) and the data.jsonl of a `mix` stage (`pipeline/making/mix.py`). Each
+source is read once: a row is left out, and counted, when it is malformed, was there before, or shares words with an
+evaluation (`data/decontaminate.py`). Memory holds a few numbers a row.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from megatron_r1.data.conversations import Conversations
 from megatron_r1.data.decontaminate import Contamination
 from megatron_r1.data.files import parse_line
 from megatron_r1.data.generators import keyed_random
-from megatron_r1.data.prompt_mix import shares
+from megatron_r1.data.prompt_mix import apportion
 from megatron_r1.data.tokenizers import Tokenizer
 from megatron_r1.types import Conversation
 
@@ -168,6 +168,13 @@ def read_questions(path: Path, key: str) -> list[str]:
     return questions
 
 
+def read_references(path: Path, key: str) -> list[str]:
+    """The texts in a column of a JSON-lines file that `read_questions` can read; rows without it have none."""
+    with path.open("rb") as file:
+        rows = [parse_line(line, f"{path}:{number}") for number, line in enumerate(file, 1) if line.strip()]
+    return [row[key] for row in rows if isinstance(row.get(key), str)]
+
+
 def counts(stage: MixStage, available: Sequence[int]) -> list[Draw]:
     """How many rows each source gives, of those available.
 
@@ -176,7 +183,7 @@ def counts(stage: MixStage, available: Sequence[int]) -> list[Draw]:
     """
     wanted: Sequence[int | None] = [None] * len(available)
     if stage.size is not None:
-        wanted = shares(stage.size, [source.weight for source in stage.sources])
+        wanted = apportion(stage.size, [source.weight for source in stage.sources])
     limits = [min(have, source.cap or have) for source, have in zip(stage.sources, available, strict=True)]
     return [Draw(want, limit if want is None else min(want, limit)) for want, limit in zip(wanted, limits, strict=True)]
 

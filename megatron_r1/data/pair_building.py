@@ -2,7 +2,7 @@
 
 DeepSeek-R1 (arXiv 2501.12948 v2), section 3.1.2: of two answers a judge prefers one clearly, or the pair is left out;
 chosen and rejected answers are about as long, so that the reward model cannot learn length. Pure functions, in the flow
-of a `preferences` stage (`pipeline/preferences.py`).
+of a `preferences` stage (`pipeline/making/preferences.py`).
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ def pair_fault(first: Answer, second: Answer) -> Reason | None:
     return "duplicate" if found is None and first.text == second.text else found
 
 
-def decide(mean: float | None, margin: float) -> Reason | Literal["first", "second"]:
+def preferred(mean: float | None, margin: float) -> Reason | Literal["first", "second"]:
     """Which answer of a pair is preferred, from the mean verdict (above 0: the first), or why neither is.
 
     Exactly the margin is undecided, as in the paper, where the difference must be larger than 1.

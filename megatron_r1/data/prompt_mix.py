@@ -7,17 +7,25 @@ second RL stage asks reasoning prompts throughout and general ones in its last s
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 from megatron_r1.config.data import PromptsConfig
+from megatron_r1.config.errors import UserError
 from megatron_r1.data.cursor import PromptCursor
 from megatron_r1.data.prompts import open_prompts
 from megatron_r1.data.tokenizers import Tokenizer
 from megatron_r1.types import Prompt
 
+_ROUNDING = 1e-9  # of shares added up in floating point
+
 
 class PromptMix:
     """Takes the questions of a phase from its sources, by weight.
+
+    What a share leaves of a question over is carried to the next phase, so that over many phases each source gives its
+    share to within one question, however small that is. A source that does not take part is owed nothing: it begins
+    with what it is owed at that time, 0, and does not make up for what was asked before.
 
     Args:
         sources: `[stage.prompts]` tables.
@@ -36,6 +44,7 @@ class PromptMix:
         self._cursors = [
             PromptCursor(open_prompts(source, tokenizer), source.shuffle, seed, exclude) for source in sources
         ]
+        self._owed = [0.0 for _ in sources]  # of each source: its share so far less what it gave, within (-1, 1)
 
     @property
     def excluded(self) -> int:
@@ -50,12 +59,13 @@ class PromptMix:
         """
         active = [source.last_steps is None or step >= steps - source.last_steps for source in self.sources]
         weights = [source.weight if on else 0.0 for source, on in zip(self.sources, active, strict=True)]
-        counts = shares(number, weights)
-        return [prompt for cursor, count in zip(self._cursors, counts, strict=True) for prompt in cursor.take(count)]
+        counts, self._owed = fair_counts(number, weights, self._owed)
+        taken = [cursor.take(count) for cursor, count in zip(self._cursors, counts, strict=True)]
+        return [replace(prompt, source=i) for i, prompts in enumerate(taken) for prompt in prompts]
 
     def state(self) -> dict[str, Any]:
         """Where the next questions come from, as JSON."""
-        return {"cursors": [cursor.state() for cursor in self._cursors]}
+        return {"cursors": [cursor.state() for cursor in self._cursors], "owed": list(self._owed)}
 
     def restore(self, state: dict[str, Any]) -> None:
         """Go on from a `state` of the same sources.
@@ -63,11 +73,36 @@ class PromptMix:
         Raises:
             UserError: they are others.
         """
+        before, now = len(state["cursors"]), len(self._cursors)
+        if before != now:
+            raise UserError(
+                f"prompts: there were {before} sources when the checkpoint was written and there are {now} now, so the "
+                "order of prompts cannot be continued; restore the sources or start the stage anew"
+            )
         for cursor, known in zip(self._cursors, state["cursors"], strict=True):
             cursor.restore(known)
+        self._owed = [float(owed) for owed in state["owed"]]
 
 
-def shares(number: int, weights: Sequence[float]) -> list[int]:
+def fair_counts(number: int, weights: Sequence[float], owed: Sequence[float]) -> tuple[list[int], list[float]]:
+    """How many of `number` questions each source gives, and what it is owed afterwards, which stays within (-1, 1).
+
+    One question after the other goes to the source that must have it earliest, among those whose share is not used up:
+    Baruah et al., "Proportionate progress" (1996), for one processor. A source of weight 0 gives none and is owed what
+    it was before. Some weight must be above 0.
+    """
+    total = sum(weights)
+    rates = [weight / total for weight in weights]
+    active = [i for i, rate in enumerate(rates) if rate > 0]
+    counts = [0] * len(rates)
+    for asked in range(1, number + 1):
+        open_now = [i for i in active if owed[i] + asked * rates[i] - counts[i] > _ROUNDING]
+        # (1 - owed + given) / rate: questions after which the source would be behind by a whole one.
+        counts[min(open_now or active, key=lambda i: ((1 - owed[i] + counts[i]) / rates[i], i))] += 1
+    return counts, [left + number * rate - count for left, rate, count in zip(owed, rates, counts, strict=True)]
+
+
+def apportion(number: int, weights: Sequence[float]) -> list[int]:
     """`number` cut in whole parts in proportion to the weights, by largest remainders; their sum is `number`.
 
     Of equal remainders the first is served. A part of weight 0 is 0. Raises ValueError unless some weight is above 0.

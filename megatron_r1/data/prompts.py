@@ -14,7 +14,8 @@ from typing import Any, Protocol, TypeVar, runtime_checkable
 
 from megatron_r1.config.data import PromptsConfig
 from megatron_r1.config.errors import UserError
-from megatron_r1.data.files import DatasetRows, JsonLines, Rows, RowStream, TableRows, require_file
+from megatron_r1.data.checked_rows import CheckedRows
+from megatron_r1.data.files import RowStream, require_file
 from megatron_r1.data.generators import build_task, keyed_random, problem_at
 from megatron_r1.data.gym_tasks import GymTask
 from megatron_r1.data.records import read_record
@@ -82,15 +83,9 @@ def open_prompts(config: PromptsConfig, tokenizer: Tokenizer) -> PromptSource[Pr
     if config.source in ("generator", "reasoning_gym"):
         return ProceduralPrompts(config, make)
     _check_options(config)
-    path = require_file(config)
     if config.source == "datasets" and config.options.get("streaming", False):
-        return StreamingSource(RowStream(path, config), config, make)
-    readers: dict[str, Callable[..., Rows]] = {
-        "jsonl": JsonLines,
-        "parquet": TableRows,
-        "datasets": DatasetRows,
-    }
-    return FilePrompts(readers[config.source](path, config), config, make)
+        return StreamingSource(RowStream(require_file(config), config), config, make)
+    return FilePrompts(config, make)
 
 
 class PromptMaker:
@@ -165,25 +160,20 @@ class ProceduralPrompts:
 
 
 class FilePrompts:
-    """Rows of a file; ids are "<file name>:<row>", counted from 0."""
+    """The well-formed rows of a file; ids are "<file name>:<row>", counted from 0."""
 
-    def __init__(self, rows: Rows, config: PromptsConfig, make: PromptMaker) -> None:
-        path = require_file(config)
-        self.name = path.name
-        self._rows = rows
+    def __init__(self, config: PromptsConfig, make: PromptMaker) -> None:
+        self._rows = CheckedRows(config, "prompt")
+        self.name, self.bad = self._rows.name, self._rows.bad
         self._config = config
         self._make = make
-        self._length = min(len(rows), config.size or len(rows))
-        if not self._length:
-            raise UserError(f"prompts.path: {path} holds no rows; a prompt source needs one question at least")
 
     def __len__(self) -> int:
-        return self._length
+        return len(self._rows)
 
     def __getitem__(self, index: int) -> Prompt:
-        _check_index(index, self._length, self.name)
         row, where = self._rows[index], self._rows.where(index)
-        return _from_row(f"{self.name}:{index}", row, where, self._config, self._make)
+        return _from_row(f"{self.name}:{self._rows.number(index)}", row, where, self._config, self._make)
 
 
 class StreamingSource:

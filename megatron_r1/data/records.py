@@ -11,7 +11,14 @@ import math
 from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple, get_args
 
-from megatron_r1.config.data import ConversationsConfig, FileConfig, LabelsConfig, PairsConfig, PromptsConfig
+from megatron_r1.config.data import (
+    NEED_REFERENCE,
+    ConversationsConfig,
+    FileConfig,
+    LabelsConfig,
+    PairsConfig,
+    PromptsConfig,
+)
 from megatron_r1.config.errors import UserError
 from megatron_r1.config.languages import LANGUAGES, language_code
 from megatron_r1.types import Message, Role
@@ -168,10 +175,11 @@ def read_record(row: Mapping[str, Any], config: PromptsConfig, where: str) -> Re
     if not isinstance(question, str) or not question.strip():
         raise UserError(f"{where}: column {config.question_key!r} holds {question!r}; a question is a text, not empty")
     answer = clean_answer(row[config.answer_key], f"{where}: column {config.answer_key!r}")
-    if answer is None and config.verifier is None:
+    if answer is None and config.verifier in NEED_REFERENCE:
+        named = "" if config.verifier is None else f', which the verifier "{config.verifier}" compares with'
         raise UserError(
-            f"{where}: column {config.answer_key!r} is empty; every question needs its reference "
-            "answer, unless `verifier` names one that knows the answer by itself"
+            f"{where}: column {config.answer_key!r} is empty; every question needs its reference answer{named}, unless "
+            '`verifier` names one that knows the answer by itself, or is "none"'
         )
     used = config.columns.values()
     metadata = {key: value for key, value in row.items() if key not in used}

@@ -8,15 +8,13 @@ out for an evaluation or too long to be scored.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar, Generic, Protocol, TypeVar
 
 from megatron_r1.config.data import LabelsConfig, PairsConfig
 from megatron_r1.config.errors import UserError
+from megatron_r1.data.checked_rows import CheckedRows
 from megatron_r1.data.cursor import PromptCursor
-from megatron_r1.data.files import JsonLines, Rows, TableRows, require_file
-from megatron_r1.data.records import check_row
 from megatron_r1.data.templates import render
 from megatron_r1.data.tokenizers import Tokenizer, encode_prompt
 from megatron_r1.types import Sample
@@ -40,32 +38,21 @@ class RewardRows(ABC, Generic[Config, Item]):
     """Rows of a file as items by index; ids are "<file name>:<row>", counted from 0.
 
     Raises:
-        UserError: a missing or empty file, a missing column, a row that is no such item.
+        UserError: as `CheckedRows`.
     """
 
     thing: ClassVar[str]  # what a row is, for messages
 
     def __init__(self, config: Config, tokenizer: Tokenizer) -> None:
-        path = require_file(config)
-        self.name = path.name
+        self._rows = CheckedRows(config, self.thing)
+        self.name, self.bad = self._rows.name, self._rows.bad
         self.config: Config = config
         self._tokenizer = tokenizer
-        self._rows = _open(path, config)
-        self._length = min(len(self._rows), config.size or len(self._rows))
-        if not self._length:
-            raise UserError(
-                f"{config.table}.path: {path} holds no rows; a reward model needs one {self.thing} at least"
-            )
-        if config.source == "parquet":  # its reader looks at the columns only
-            for index in range(self._length):
-                check_row(self._rows[index], config, self._rows.where(index))
 
     def __len__(self) -> int:
-        return self._length
+        return len(self._rows)
 
     def __getitem__(self, index: int) -> Item:
-        if not 0 <= index < self._length:
-            raise IndexError(f"{self.thing} {index} of {self.name}, which has {self._length}")
         return self._read(self._rows[index], f"{self.name}:{index}", self._rows.where(index))
 
     @abstractmethod
@@ -81,18 +68,12 @@ class RewardRows(ABC, Generic[Config, Item]):
 
 
 def count_rows(config: PairsConfig | LabelsConfig) -> int:
-    """How many rows a table names.
+    """How many well-formed rows a table names.
 
     Raises:
-        UserError: a missing file, or a row that is no such item.
+        UserError: as `CheckedRows`.
     """
-    rows = len(_open(require_file(config), config))
-    return min(rows, config.size or rows)
-
-
-def _open(path: Path, config: PairsConfig | LabelsConfig) -> Rows:
-    readers: dict[str, Callable[..., Rows]] = {"jsonl": JsonLines, "parquet": TableRows}
-    return readers[config.source](path, config)
+    return len(CheckedRows(config, "row"))
 
 
 def answer_sequence(tokenizer: Tokenizer, template: str, question: str, answer: str) -> Sample:
@@ -123,6 +104,11 @@ class RewardBatches(Generic[Item]):
         self._cursor: PromptCursor[Item] = PromptCursor(source, shuffle, seed, exclude)
         self._source, self._max_tokens = source, max_tokens
         self.too_long = 0  # items left out since the start, over all epochs
+
+    @property
+    def bad(self) -> int:
+        """Rows of the file that are left out because they are malformed."""
+        return self._source.bad.count
 
     @property
     def excluded(self) -> int:

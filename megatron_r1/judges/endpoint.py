@@ -27,6 +27,10 @@ Chat = list[dict[str, str]]
 
 BUSY = (408, 409, 425, 429)
 """Statuses below 500 that pass by themselves."""
+ABOUT_THE_ITEM = (400, 413, 422)
+"""Statuses with which a server that answers others refuses one request, e.g. as too long for its context."""
+PROBES = 8
+"""Requests, one after the other, that a server may refuse so before it has answered any."""
 CURES = {
     400: "the server does not accept the request: look at `model` and `max_tokens`, and at its limit of tokens",
     401: "the server wants a key: set `api_key` to the name of the environment variable that holds it",
@@ -49,6 +53,18 @@ class _Unreachable(Exception):
     def __init__(self, reason: str, wait: float = 0.0) -> None:
         super().__init__(reason)
         self.wait = wait
+
+
+class Refused(UserError):
+    """The server refuses every request so far; `number`: of the first one, from 0."""
+
+    def __init__(self, message: str, number: int) -> None:
+        super().__init__(message)
+        self.number = number
+
+
+class _NotThis(Exception):
+    """The server refuses this request; the message says how."""
 
 
 class Endpoint:
@@ -76,29 +92,53 @@ class Endpoint:
         self.url = config.url.rstrip("/") + "/chat/completions"
         self._sleep, self._clock = sleep, clock
         self._secret = _secret(config, key)
+        self._has_answered = False  # so that what it refuses is not the recipe's mistake
         self._down_since: float | None = None  # first failure after the last answer
         self._said: float | None = None  # when the wait was last logged; None: nobody waits
 
-    def ask(self, chats: Sequence[Chat]) -> list[str]:
+    def ask(self, chats: Sequence[Chat]) -> list[str | None]:
         """The server's reply to each chat, in their order; at most `concurrency` requests are under way at a time.
 
-        Raises UserError when the server refuses a request for what it is, JudgeDown when it cannot be reached and
-        `down = "stop"`.
-        """
-        return asyncio.run(self._ask_all(chats)) if chats else []
+        None: refused for what it is (ABOUT_THE_ITEM), e.g. too long, by a server that answers others.
 
-    async def _ask_all(self, chats: Sequence[Chat]) -> list[str]:
+        Raises Refused when it has not answered any yet and refuses the first PROBES, UserError when it refuses for
+        another reason, JudgeDown when it cannot be reached and `down = "stop"`.
+        """
+        if not chats:
+            return []
+        replies, problems = asyncio.run(self._ask_all(chats))
+        if problems:
+            logger.warning(
+                "%s: %d of %d requests refused, which count as unreadable; the first: %s",
+                *(self.key, len(problems), len(chats), problems[0]),
+            )
+        return replies
+
+    async def _ask_all(self, chats: Sequence[Chat]) -> tuple[list[str | None], list[str]]:
+        """The replies, and how those that were refused were."""
         gate = asyncio.Semaphore(self.config.concurrency)
         headers = {"Authorization": f"Bearer {self._secret}"} if self._secret else {}
-        async with httpx.AsyncClient(headers=headers, timeout=self.config.timeout) as client:
+        # The library's own limit is lower than some concurrencies: requests would wait for a connection and time out.
+        limits = httpx.Limits(max_connections=self.config.concurrency)
+        problems: list[str] = []
+        async with httpx.AsyncClient(headers=headers, timeout=self.config.timeout, limits=limits) as client:
 
-            async def one(chat: Chat) -> str:
+            async def one(chat: Chat) -> str | None:
                 async with gate:
-                    return await self._patiently(client, chat)
+                    try:
+                        return await self._patiently(client, chat)
+                    except _NotThis as error:
+                        problems.append(str(error))
+                        return None
 
-            tasks = [asyncio.ensure_future(one(chat)) for chat in chats]
+            first: list[str | None] = []
+            while not self._has_answered and len(first) < len(chats):
+                first.append(await one(chats[len(first)]))
+                if not self._has_answered and len(first) in (PROBES, len(chats)):
+                    raise Refused(problems[0], 0)
+            tasks = [asyncio.ensure_future(one(chat)) for chat in chats[len(first) :]]
             try:
-                return list(await asyncio.gather(*tasks))
+                return [*first, *await asyncio.gather(*tasks)], problems
             finally:
                 for task in tasks:
                     task.cancel()
@@ -146,11 +186,12 @@ class Endpoint:
             seconds = self._clock() - self._down_since
             logger.warning("%s: %s answers again, after %.0f s", self.key, self.config.url, seconds)
         self._down_since = self._said = None
+        self._has_answered = True
 
     async def _once(self, client: httpx.AsyncClient, chat: Chat) -> str:
         body = {
             "model": self.config.model,
-            "messages": chat,
+            "messages": [{key: well_formed(text) for key, text in message.items()} for message in chat],
             "temperature": self.config.temperature,
             "max_tokens": self.config.max_tokens,
         }
@@ -158,14 +199,14 @@ class Endpoint:
             response = await client.post(self.url, json=body)
         except (httpx.InvalidURL, httpx.UnsupportedProtocol) as error:
             raise UserError(f"{self.key}.url = {self.config.url!r}: {error}; write http://host:port/v1") from error
-        except httpx.TransportError as error:
+        except (httpx.TransportError, httpx.DecodingError) as error:
             raise _Unreachable(f"{type(error).__name__} {self._shown(str(error))}".strip()) from error
         if response.status_code in BUSY or response.status_code >= 500:
             said = self._shown(response.text)
             raise _Unreachable(f"status {response.status_code} {said}".strip(), _retry_after(response))
         if response.status_code != httpx.codes.OK:
             cure = CURES.get(response.status_code, "the server refuses the request: look at `url` and `model`")
-            raise UserError(
+            raise (_NotThis if response.status_code in ABOUT_THE_ITEM else UserError)(
                 f"{self.key}: POST {self.url} (model {self.config.model!r}) gives status {response.status_code}; "
                 f"{cure}. It says: {self._shown(response.text) or 'nothing'}"
             )
@@ -176,12 +217,17 @@ class Endpoint:
             content: Any = response.json()["choices"][0]["message"]["content"]
         except (json.JSONDecodeError, UnicodeDecodeError, KeyError, IndexError, TypeError) as error:
             raise _Unreachable(f"no chat completion, but {self._shown(response.text) or 'nothing'}") from error
-        return content if isinstance(content, str) else ""
+        return well_formed(content) if isinstance(content, str) else ""
 
     def _shown(self, text: str) -> str:
         """Some of a server's words, on one line and without the key."""
         line = " ".join(text.split())
         return (line.replace(self._secret, "***") if self._secret else line)[:_SHOWN]
+
+
+def well_formed(text: str) -> str:
+    """The text, with "?" for halves of surrogate pairs: JSON may hold them, and no file or request can."""
+    return text.encode("utf-8", "replace").decode("utf-8")
 
 
 def _secret(config: EndpointConfig, key: str) -> str | None:

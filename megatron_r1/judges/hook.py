@@ -15,7 +15,7 @@ from typing import Any, Literal, TypeVar
 from megatron_r1.config.errors import UserError
 from megatron_r1.config.judges import JudgeConfig, RewriteConfig
 from megatron_r1.judges import wording
-from megatron_r1.judges.endpoint import Endpoint
+from megatron_r1.judges.endpoint import Endpoint, Refused
 from megatron_r1.judges.functions import load_function
 
 Kind = Literal["correctness", "pair", "label", "rewrite"]
@@ -48,7 +48,9 @@ class Hook:
     def ask(
         self, items: Sequence[Mapping[str, str]], read: Callable[[str], T | None], accept: Callable[[Any], T | None]
     ) -> list[T | None]:
-        """What the judge says of each item, in their order; None: it could not be read twice, or the function says so.
+        """What the judge says of each item, in their order.
+
+        None: it could not be read twice, the server refused the item, or the function says so.
 
         items: field -> text, of FIELDS[kind]. read: a server's reply, None if unreadable. accept: a function's result;
         it raises ValueError for one that is not as documented.
@@ -56,16 +58,19 @@ class Hook:
         if self.endpoint is None:
             return [self._call(number, item, accept) for number, item in enumerate(items)]
         chats = [[{"role": "user", "content": fill(self.prompt, item)}] for item in items]
-        replies = self.endpoint.ask(chats)
-        values = [read(reply) for reply in replies]
-        again = [i for i, value in enumerate(values) if value is None]
+        try:
+            replies = self.endpoint.ask(chats)
+        except Refused as error:
+            raise UserError(f"{error} (asked about {_named(error.number, items[error.number])})") from error
+        values = [None if reply is None else read(reply) for reply in replies]
+        again = [i for i, value in enumerate(values) if value is None and replies[i] is not None]
         retry = [
             # An empty message of the assistant's is refused by some servers.
             [*chats[i], {"role": "assistant", "content": replies[i] or "..."}, {"role": "user", "content": self._again}]
             for i in again
         ]
         for i, reply in zip(again, self.endpoint.ask(retry), strict=True):
-            values[i] = read(reply)
+            values[i] = None if reply is None else read(reply)
         return values
 
     @property
@@ -77,11 +82,14 @@ class Hook:
         try:
             return accept(self.function(*(item[field] for field in FIELDS[self.kind])))
         except Exception as error:
-            shown = " ".join(item["question"].split())[:120]
             raise UserError(
-                f"{self.key}.call: the function raised {type(error).__name__}: {error} on item {number} (question: "
-                f"{shown!r}); docs/data-stages.md gives its arguments and results"
+                f"{self.key}.call: the function raised {type(error).__name__}: {error} on {_named(number, item)}; "
+                "docs/data-stages.md gives its arguments and results"
             ) from error
+
+
+def _named(number: int, item: Mapping[str, str]) -> str:
+    return f"item {number} (question: {' '.join(item['question'].split())[:120]!r})"
 
 
 def open_hook(config: JudgeConfig | RewriteConfig, kind: Kind, key: str, kept: str) -> Hook:

@@ -10,6 +10,7 @@ import re
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
+from megatron_r1.judges.endpoint import well_formed
 from megatron_r1.judges.hook import Hook
 
 _REPLY = re.compile(r"<thought>(.*)</thought>\s*<summary>(.*)</summary>", re.DOTALL)
@@ -25,27 +26,32 @@ class Draft(NamedTuple):
 
 
 class Rewritten(NamedTuple):
-    """What came of it; both are stripped and not empty."""
+    """What came of it; both are stripped, the summary is not empty."""
 
     thought: str
     summary: str
 
 
 def rewrite(hook: Hook, drafts: Sequence[Draft]) -> list[Rewritten | None]:
-    """Each draft rewritten; None: to be dropped, as a function says or because a reply could not be read.
+    """Each draft rewritten; None: to be dropped, as a function says, because a reply could not be read or has a blank
+    part. A thought that was blank before may stay so.
 
     Raises JudgeDown (see `judges/endpoint.py`), or UserError where a function fails.
     """
-    return hook.ask([draft._asdict() for draft in drafts], read_rewritten, _accept)
+    written = hook.ask([draft._asdict() for draft in drafts], read_rewritten, _accept)
+    return [
+        None if text is None or (not text.thought and draft.thought.strip()) else text
+        for draft, text in zip(drafts, written, strict=True)
+    ]
 
 
 def read_rewritten(reply: str) -> Rewritten | None:
-    """Thought and summary of a reply in their tags; text around them is ignored. None if a part is missing or blank."""
+    """Thought and summary of a reply in their tags; text around them is ignored. None without both, or a summary."""
     match = _REPLY.search(reply)
     if match is None:
         return None
     thought, summary = match[1].strip(), match[2].strip()
-    return Rewritten(thought, summary) if thought and summary else None
+    return Rewritten(thought, summary) if summary else None
 
 
 def _accept(result: Any) -> Rewritten | None:
@@ -53,7 +59,5 @@ def _accept(result: Any) -> Rewritten | None:
         return None
     if not isinstance(result, tuple | list) or len(result) != 2 or not all(isinstance(part, str) for part in result):
         raise ValueError(f"it returned {result!r}; a rewriting is (thought, summary), or None to drop the item")
-    thought, summary = (part.strip() for part in result)
-    if not thought or not summary:
-        raise ValueError(f"it returned a blank part: {result!r}; return None to drop the item")
-    return Rewritten(thought, summary)
+    thought, summary = (well_formed(part).strip() for part in result)
+    return Rewritten(thought, summary) if summary else None

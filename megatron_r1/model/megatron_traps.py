@@ -1,7 +1,7 @@
 """Settings of the model that Megatron-Core 0.16.1 would get silently wrong, ignore, or refuse only at work. No torch.
 
-`pipeline/run.py` asks in the launching process, which knows what is installed; `model/megatron_config.py` asks again
-in each rank, which knows its device too.
+`pipeline/preflight.py` asks in the launching process, which knows what is installed; `model/megatron_config.py` asks
+again in each rank, which knows its device too.
 """
 
 from __future__ import annotations

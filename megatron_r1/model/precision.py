@@ -1,7 +1,7 @@
 """What a precision asks for, known before any process starts: installed libraries, shapes, row lengths. No torch.
 
-`pipeline/run.py` calls `check_precision` in the launching process, `train/` takes `row_multiple` for its batches. The
-device itself is looked at by the ranks (`model/kernels.py`); the arithmetic of "fp8-emulated" is in `model/fp8.py`.
+`pipeline/preflight.py` calls `check_precision` in the launching process, `train/` takes `row_multiple` for its batches.
+The device itself is looked at by the ranks (`model/kernels.py`); the arithmetic of "fp8-emulated" is in `model/fp8.py`.
 """
 
 from __future__ import annotations

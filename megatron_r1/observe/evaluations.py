@@ -38,6 +38,8 @@ def closing_rows(run: RunDir) -> list[Row]:
     for state in states:
         if state.kind == "eval" and state.state == "done" and by_benchmark(state.result):
             origin = origins.get(state.name) or ""
+            if origin in known and known[origin].state != "done":
+                continue  # it measured weights that are being made anew
             weights = origin if origin in tables else Path(origin).name
             name = tables.get(state.name, {}).get("row") or weights or state.name
             rows.append(closing_row(state, str(name), known.get(origin)))

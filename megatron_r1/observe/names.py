@@ -40,6 +40,9 @@ METRICS: dict[str, Metric] = {
     "reward/model": Metric("1", "mean value of a reward model, before transform and weight; written for each alone"),
     "reward/model_std": Metric("1", "standard deviation of a reward model's values; written for each alone"),
     "reward/model_cut": Metric("share", "completions too long for a reward model, scored cut; written for each alone"),
+    "reward/model_unfinished": Metric(
+        "share", "completions cut off or empty, which get a reward model's lowest value; written for each alone"
+    ),
     "reward/hacking_watch": Metric("share", "1: a reward model's mean value has risen and the accuracy has fallen"),
     "reward/overlong": Metric("reward", "mean penalty for too long completions, zero or negative"),
     # groups and verdicts
@@ -170,7 +173,9 @@ PER_LANGUAGE = frozenset(("reward/language", "reward/language_prompts", "eval/la
 """Metrics that may also be written for the prompts of one target language: "reward/language/zh"."""
 
 
-PER_NAME = frozenset(("reward/model", "reward/model_std", "reward/model_cut", "reward/mean", "groups/prompts"))
+PER_NAME = frozenset(
+    ("reward/model", "reward/model_std", "reward/model_cut", "reward/model_unfinished", "reward/mean", "groups/prompts")
+)
 """Metrics that may also be written for one reward model or one domain: "reward/model/helpful", "reward/mean/safety"."""
 
 

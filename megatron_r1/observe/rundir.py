@@ -173,16 +173,30 @@ class RunDir:
 
     def read_stages(self) -> list[StageState]:
         """States in the order of the recipe; empty before the run has written any."""
+        return self._read("stages")
+
+    def known_states(self) -> dict[str, StageState]:
+        """By name: the recipe's stages, and others that were in it once and may come back."""
+        return {state.name: state for state in (*self._read("others"), *self._read("stages"))}
+
+    def _read(self, key: str) -> list[StageState]:
         if not self.stages_file.exists():
             return []
         try:
-            return [StageState(**stage) for stage in read_json(self.stages_file)["stages"]]
-        except (KeyError, TypeError) as error:
+            content = read_json(self.stages_file)
+            found = content["stages"] if key == "stages" else content.get(key, [])
+            return [StageState(**stage) for stage in found]
+        except (AttributeError, KeyError, TypeError) as error:
             raise UserError(f"{self.stages_file}: not a list of stage states ({error}); {_RESTORE}") from error
 
     def write_stages(self, stages: Sequence[StageState]) -> None:
-        """Replace stages.json."""
-        write_json(self.stages_file, {"stages": [dataclasses.asdict(stage) for stage in stages]})
+        """Replace stages.json. Stages that are not among these any more stay known."""
+        names = {stage.name for stage in stages}
+        others = [state for name, state in self.known_states().items() if name not in names]
+        content = {"stages": [dataclasses.asdict(stage) for stage in stages]}
+        if others:
+            content["others"] = [dataclasses.asdict(stage) for stage in others]
+        write_json(self.stages_file, content)
 
     def update_stage(self, name: str, **changes: Any) -> StageState:
         """Change fields of one stage in stages.json. Raises KeyError for a stage that is not
@@ -220,7 +234,8 @@ def write_text(path: Path, text: str) -> None:
     """Replace a file in one step: temp file beside it, fsync, rename. Makes the folder."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temp = path.with_name(f".{path.name}.tmp")
-    with temp.open("w", encoding="utf-8") as stream:
+    # "replace": half a surrogate pair, which a user's JSON may hold, is no UTF-8
+    with temp.open("w", encoding="utf-8", errors="replace") as stream:
         stream.write(text)
         stream.flush()
         os.fsync(stream.fileno())

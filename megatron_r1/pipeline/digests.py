@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterable, Sequence
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -64,12 +65,18 @@ def digest_of_path(path: Path) -> str:
         return _digest_of_file(path)
     if not path.is_dir():
         return "missing"
-    files = sorted(entry for entry in path.rglob("*") if entry.is_file())
+    files = sorted(entry for entry in path.rglob("*") if entry.is_file() and entry.name not in NOT_CONTENT)
     return digest_of_text("\n".join(f"{entry.relative_to(path)} {_digest_of_file(entry)}" for entry in files))
 
 
 def _digest_of_file(path: Path) -> str:
-    size = path.stat().st_size
+    about = path.stat()
+    return _digest_of(path, about.st_size, about.st_mtime_ns)
+
+
+@lru_cache(maxsize=100_000)
+def _digest_of(path: Path, size: int, _: int) -> str:
+    """Of the file as it is at this size and time: a start of a run asks for many files more than once."""
     with path.open("rb") as file:
         if size <= WHOLE:
             return hashlib.file_digest(file, "sha256").hexdigest()

@@ -108,15 +108,6 @@ def run_order(config: RunConfig) -> list[int]:
     return order
 
 
-def downstream(config: RunConfig, name: str) -> list[str]:
-    """Names of the stages that read something of stage `name`, directly or through others, in running order."""
-    reached = {name}
-    for index in run_order(config):
-        if any(need.source in reached for need in needs(config, index)):
-            reached.add(config.stage[index].name)
-    return [config.stage[i].name for i in run_order(config) if config.stage[i].name in reached - {name}]
-
-
 def makes(stage: Stage) -> str:
     """What others can read of a stage: "weights", "reward model", "conversations", "pairs", "labels" or "nothing"."""
     if isinstance(stage, RewardModelStage):

@@ -1,4 +1,4 @@
-"""Can the rewards of a `grpo` stage score its prompts? Asked by `pipeline/run.py` before the start. No torch."""
+"""Can the rewards of a `grpo` stage score its prompts? Asked by `pipeline/preflight.py` before the start. No torch."""
 
 from __future__ import annotations
 
@@ -43,6 +43,7 @@ def _check_model(key: str, reward: RewardConfig, config: RunConfig) -> None:
                 f"{key}.template = {reward.template!r} without effect: stage {source!r} scores under the template that "
                 "it was trained with; remove it"
             )
+        _check_sees(key, reward, config)
         return
     if not Path(source).is_dir():
         raise UserError(f"{key}.from = {source!r}: neither a stage of this recipe ({', '.join(names)}) nor a folder")
@@ -53,6 +54,17 @@ def _check_model(key: str, reward: RewardConfig, config: RunConfig) -> None:
         folders.require_reward_model(found)
     except UserError as error:
         raise UserError(f"{key}.from = {source!r}: {error}") from error
+
+
+def _check_sees(key: str, reward: RewardConfig, config: RunConfig) -> None:
+    origin = config.trained_on(reward)
+    trained = config.sees(reward.model_copy(update={"sees": None}))
+    if origin is not None and reward.sees not in (None, trained):
+        raise UserError(
+            f'{key}.sees = "{reward.sees}", but stage {reward.init_from!r} learns from what stage {origin.name!r} '
+            f'wrote with sees = "{trained}": the model would be given another part of an answer than in training; '
+            f'remove it here, or set stage.{origin.name}.sees = "{reward.sees}"'
+        )
 
 
 def _check_source(stage: GrpoStage, number: int, source: PromptsConfig) -> None:

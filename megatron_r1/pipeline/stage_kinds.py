@@ -18,11 +18,11 @@ RUNNERS = {
     "grpo": "megatron_r1.train.grpo:grpo",
     "reward_model": "megatron_r1.train.reward_model:reward_model",
     "distill": "megatron_r1.train.distill:distill",
-    "sample": "megatron_r1.pipeline.sample:run_sample",
-    "preferences": "megatron_r1.pipeline.preferences:run_preferences",
-    "mix": "megatron_r1.pipeline.mix:run_mix",
-    "eval": "megatron_r1.pipeline.evaluation:run_evaluation",
-    "export": "megatron_r1.pipeline.export:run_export",
+    "sample": "megatron_r1.pipeline.making.sample:run_sample",
+    "preferences": "megatron_r1.pipeline.making.preferences:run_preferences",
+    "mix": "megatron_r1.pipeline.making.mix:run_mix",
+    "eval": "megatron_r1.pipeline.outputs.evaluation:run_evaluation",
+    "export": "megatron_r1.pipeline.outputs.export:run_export",
 }
 
 

@@ -22,11 +22,21 @@ from megatron_r1.data.tokenizers import Tokenizer
 from megatron_r1.model import kernels
 from megatron_r1.observe.liveness import at_work
 from megatron_r1.observe.rundir import RunDir, StageState
-from megatron_r1.pipeline.decide import Choice, Decision, decide_one, fresh, inputs_of, selected, set_aside, settings_of
+from megatron_r1.pipeline.decide import (
+    Choice,
+    Decision,
+    ahead_of,
+    decide,
+    fresh,
+    inputs_of,
+    selected,
+    set_aside,
+    settings_of,
+)
 from megatron_r1.pipeline.digests import measure, output_files
 from megatron_r1.pipeline.graph import needs, start_source
 from megatron_r1.pipeline.inputs import waits_for_data, weights_of, with_paths, with_steps
-from megatron_r1.pipeline.run import check_stage, preflight
+from megatron_r1.pipeline.preflight import check_stage, preflight
 
 if TYPE_CHECKING:
     from megatron_r1.train.context import RunContext
@@ -96,11 +106,12 @@ def _run_stages(config: RunConfig, run: RunDir, choice: Choice, world: Any) -> N
     from megatron_r1.train.evaluate import heldout_prompts
     from megatron_r1.train.stopping import Stopped, StopRequest, forget_stop_file
 
-    tokenizer = preflight(config, world.size)
+    ahead = ahead_of(world.broadcast_from_0(decide(config, run, choice) if world.rank == 0 else None))
+    tokenizer = preflight(config, world.size, ahead)
     heldout = heldout_ids(prompt for asked in config.all_problem_sets() for prompt in heldout_prompts(asked, tokenizer))
     states = _states(config, run)
     order = selected(config, choice)
-    _check_on_device([config.stage[i] for i in order if states[i].state != "done"], config, tokenizer, world)
+    _check_on_device([config.stage[i] for i in order if config.stage[i].name in ahead], config, tokenizer, world)
     if world.rank == 0:
         run.write_stages(states)
     forget_stop_file(run.path, world)
@@ -119,6 +130,7 @@ def _run_stages(config: RunConfig, run: RunDir, choice: Choice, world: Any) -> N
     gc.freeze()  # Megatron collects garbage twice a checkpoint: what the imports made need not be searched each time
     for index in order:
         decision = _on_rank_0(world, partial(_prepare, config, index, run, choice))
+        choice = choice._replace(force=choice.force - {decision.name})  # once
         if decision.action == "keep":
             continue
         if context.stop.agreed():
@@ -130,22 +142,24 @@ def _run_stages(config: RunConfig, run: RunDir, choice: Choice, world: Any) -> N
 
 def _prepare(config: RunConfig, index: int, run: RunDir, choice: Choice) -> Decision:
     """Decide about a stage, move aside what it has where it begins anew, and record what it depends on."""
-    states = {state.name: state for state in run.read_stages()}
     stage = config.stage[index]
+    decision = next(each for each in decide(config, run, choice) if each.name == stage.name)
+    states = run.known_states()
+    if decision.action == "keep":
+        logger.info("stage %s is done", stage.name)
+        return decision
     for need in needs(config, index):
         if need.source in states and states[need.source].state != "done":
             raise UserError(
                 f"stage {stage.name!r} reads stage {need.source!r}, which is not done; run that first (leave out "
                 "--only, or name both)"
             )
-    decision = decide_one(config, index, states, run, forced=stage.name in choice.force)
-    if decision.action == "keep":
-        logger.info("stage %s is done", stage.name)
-        return decision
     if decision.action == "again":
         logger.info("stage %s runs again: %s", stage.name, decision.why)
         set_aside(run, stage.name)
         run.replace_stage(fresh(stage, decision.why))
+    elif decision.why:
+        logger.info("stage %s goes on: %s", stage.name, decision.why)
     settings, inputs = settings_of(stage, config), inputs_of(config, index, states, run)
     run.update_stage(stage.name, state="pending", settings=settings, inputs=inputs, outputs={})
     return decision
@@ -223,7 +237,7 @@ def _gather(world: Any, value: Any) -> list[Any]:
 
 def _states(config: RunConfig, run: RunDir) -> list[StageState]:
     """The recipe's stages with what stages.json knows of them."""
-    known = {state.name: state for state in run.read_stages()}
+    known = run.known_states()
     return [known.get(stage.name) or fresh(stage) for stage in config.stage]
 
 

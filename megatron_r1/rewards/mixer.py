@@ -68,6 +68,7 @@ class Scorer:
         self._rewards = list(rewards)
         self._accuracy = next((reward for reward in rewards if reward.kind == "accuracy"), None)
         self._language = next((reward for reward in rewards if reward.kind == "language"), None)
+        self._format = next((reward for reward in rewards if reward.kind == "format"), None)
         self._pool = pool
 
     def score_groups(self, groups: Sequence[Group], step: int = 0, steps: int = 0) -> RewardStats:
@@ -78,8 +79,8 @@ class Scorer:
 
         A completion without an answer (`extract_answer`) is wrong with the detail "no answer". An
         `unknown` verdict counts `RewardConfig.unknown` instead of 0 or 1. Where no accuracy reward covers the prompt
-        nothing is judged: the verdicts are unknown with the detail "no accuracy reward". Accuracy and language are
-        measured in every phase, whether they count or not.
+        nothing is judged: the verdicts are unknown with the detail "no accuracy reward". Accuracy, format and language
+        are measured in every phase, whether they count or not.
         Raises UserError for a prompt whose verifier does not exist or is not installed, and ValueError for a completion
         without a finite value of a reward model that scores it.
         """
@@ -152,10 +153,12 @@ class Scorer:
         self, prompt: Prompt, completion: Completion, verdict: Verdict, use: LanguageUse | None, step: int, steps: int
     ) -> Score:
         parts: dict[str, float] = {}
+        in_format = None if self._format is None else format_reward(completion, self._format.tags) > 0
         for reward in self._rewards:
             counts = reward.covers(prompt.domain) and reward.active(step, steps)
-            parts[reward.label] = reward.weight * _raw(reward, prompt, completion, verdict, use) if counts else 0.0
-        return Score(total=sum(parts.values()), parts=parts, verdict=verdict, language=use)
+            raw = _raw(reward, prompt, completion, verdict, use, in_format) if counts else 0.0
+            parts[reward.label] = reward.weight * raw
+        return Score(total=sum(parts.values()), parts=parts, verdict=verdict, language=use, in_format=in_format)
 
 
 def check_labels(rewards: Sequence[RewardConfig]) -> None:
@@ -171,11 +174,16 @@ def check_labels(rewards: Sequence[RewardConfig]) -> None:
 
 
 def _raw(
-    reward: RewardConfig, prompt: Prompt, completion: Completion, verdict: Verdict, use: LanguageUse | None
+    reward: RewardConfig,
+    prompt: Prompt,
+    completion: Completion,
+    verdict: Verdict,
+    use: LanguageUse | None,
+    in_format: bool | None,
 ) -> float:
     """What a term says of a completion, before its weight."""
     if reward.kind == "format":
-        return float(format_reward(completion, reward.tags))
+        return float(in_format or 0)
     if reward.kind == "language":
         assert use is not None, "the language reward counts words"
         return use.share

@@ -1,4 +1,4 @@
-"""Values from a reward model behind `megatron-r1 serve`: the client's side of `pipeline/serve.py`.
+"""Values from a reward model behind `megatron-r1 serve`: the client's side of `pipeline/outputs/serve.py`.
 
 Used by `train/reward_models.py` for rewards that name a `url`. A server that is away for a while is asked again; one
 that stays away ends the run, which loses nothing but the phase in hand: the same command samples it anew.
@@ -13,7 +13,7 @@ import math
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 from megatron_r1.config.errors import RunFailed
@@ -24,6 +24,8 @@ BATCH = 512
 """Answers of one request."""
 FIRST_PAUSE, LONGEST_PAUSE = 0.25, 10.0
 """Seconds between two attempts; each pause is twice the one before."""
+LOOK = 5.0
+"""Seconds that a server may take to say which checkpoint it has."""
 
 
 class Item(NamedTuple):
@@ -36,13 +38,28 @@ class Item(NamedTuple):
 class RewardClient:
     """One server. Proxies of the environment are not used: reward models stand in the same cluster.
 
-    name: of the reward, for messages; url: its address; timeout: seconds a request may take, retries included.
+    name: of the reward, for messages; url: its address; timeout: seconds a request may take, retries included. `note`
+    is told of every checkpoint that answers and is not the one before.
     """
 
     def __init__(self, name: str, url: str, timeout: float) -> None:
         self.name, self.url, self.timeout = name, url.rstrip("/"), timeout
         self._opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
         self._checkpoint: str | None = None
+        self.note: Callable[[str], None] = lambda checkpoint: None
+
+    def look(self) -> None:
+        """Ask who is there, before anything is scored. One that is not there yet is warned of: it may come in time."""
+        try:
+            with self._opener.open(f"{self.url}/health", timeout=min(LOOK, self.timeout)) as answer:
+                self._scores_with(str(json.loads(answer.read())["checkpoint"]))
+        except (OSError, http.client.HTTPException, ValueError, KeyError, TypeError) as error:
+            problem = str(getattr(error, "reason", error)) or type(error).__name__
+            logger.warning(
+                "%s does not say what it is (GET /health: %s); it is not needed before it is first asked for values. "
+                "Start it with megatron-r1 serve RUN STAGE",
+                *(self._who, problem),
+            )
 
     def score(self, items: Sequence[Item]) -> tuple[list[float], int]:
         """The values of the items, in their order, and how many answers were too long and scored cut.
@@ -97,10 +114,18 @@ class RewardClient:
             raise RunFailed(f"{self._who} gave no values: {shown!r}; is it `megatron-r1 serve`?") from error
         if len(values) != number or not all(map(math.isfinite, values)):
             raise RunFailed(f"{self._who} gave {len(values)} values for {number} answers, or some that are not finite")
-        if self._checkpoint not in (None, checkpoint):
+        self._scores_with(checkpoint)
+        return values, cut
+
+    def _scores_with(self, checkpoint: str) -> None:
+        if checkpoint == self._checkpoint:
+            return
+        if self._checkpoint is None:
+            logger.info("%s scores with %s", self._who, checkpoint)
+        else:
             logger.warning("%s now scores with %s, before with %s", self._who, checkpoint, self._checkpoint)
         self._checkpoint = checkpoint
-        return values, cut
+        self.note(checkpoint)
 
     @property
     def _who(self) -> str:

@@ -101,17 +101,20 @@ def sample_groups(
     Collective.
 
     With dynamic sampling, groups without signal are replaced by those of further prompts, for at most
-    max_resampling rounds. Where dropping leaves no group at all, further prompts are sampled in any case; raises
-    NoSignal when that goes on. models: those of the stage's rewards, where it has any.
+    max_resampling rounds, until every source has given as many as its share. Where dropping leaves no group at all,
+    further prompts are sampled in any case; raises NoSignal when that goes on. models: those of the stage's rewards,
+    where it has any.
     """
     grpo, judge = stage.grpo, partial(_judge, stage, scorer, step)
     value = None if models is None else partial(models.value, step=step)
     groups: list[Group] = []
     kept: list[Group] = []
     spent = {"time/rollout": 0.0, "time/reward": 0.0}
+    quotas: Counter[int] = Counter()  # of each source: prompts of the first round
     rounds = 0
-    while not kept or (grpo.dynamic_sampling and len(kept) < grpo.prompts and rounds < grpo.max_resampling):
+    while not kept or (grpo.dynamic_sampling and rounds < grpo.max_resampling and not _sources(kept) >= quotas):
         asked = distinct(prompts.take(grpo.prompts, step, stage.steps))
+        quotas = quotas or Counter(prompt.source for prompt in asked)
         found = sample_round(
             asked, grpo.group_size, stage.sampling, engine, world, seed + rounds, judge, progress, spent, value
         )
@@ -124,7 +127,7 @@ def sample_groups(
                 f'stage.{stage.name}.grpo.no_signal = "drop" leaves nothing to train on. Give easier or harder '
                 'prompts, another reward, or no_signal = "keep"'
             )
-    kept = kept[: grpo.prompts]
+    kept = within_quotas(kept, quotas)
     # A checkpoint in the middle of the phase holds these metrics, so they must not differ between ranks.
     spent = {name: world.largest(seconds) for name, seconds in spent.items()}
     metrics = {**spent, **group_metrics(groups, stage.reward), "groups/dropped": float(len(groups) - len(kept))}
@@ -132,6 +135,25 @@ def sample_groups(
     metrics |= {} if models is None else models.metrics()
     metrics["rollout/tokens_per_second"] = metrics["rollout/tokens"] / max(1e-9, spent["time/rollout"])
     return Rollout(groups, kept, metrics)
+
+
+def within_quotas(groups: list[Group], quotas: Counter[int]) -> list[Group]:
+    """The first groups of each source, as many as its quota; where a source has too few, the first ones left of the
+    others take the places. At most as many groups as the quotas add up to, in their order.
+    """
+    left = Counter(quotas)
+    chosen = [False] * len(groups)
+    for i, group in enumerate(groups):
+        chosen[i] = left[group.prompt.source] > 0
+        left[group.prompt.source] -= chosen[i]
+    free = quotas.total() - sum(chosen)
+    for i in [i for i, taken in enumerate(chosen) if not taken][:free]:
+        chosen[i] = True
+    return [group for group, taken in zip(groups, chosen, strict=True) if taken]
+
+
+def _sources(groups: list[Group]) -> Counter[int]:
+    return Counter(group.prompt.source for group in groups)
 
 
 def phase_seed(seed: int, step: int) -> int:

@@ -41,11 +41,10 @@ def group_metrics(groups: list[Group], rewards: Sequence[RewardConfig] = ()) -> 
         **_values(completions),
         **_domains(groups),
     }
-    formats = [
-        score.parts["format"] for score in _scores(_covered(groups, rewards, "format")) if "format" in score.parts
-    ]
+    covered = _scores(_covered(groups, rewards, "format"))
+    formats = [score.in_format for score in covered if score.in_format is not None]
     if formats:
-        metrics["reward/format"] = _mean([part != 0 for part in formats])
+        metrics["reward/format"] = _mean(formats)
     if scores and "overlong" in scores[0].parts:
         metrics["reward/overlong"] = _mean([score.parts["overlong"] for score in scores])
     return metrics

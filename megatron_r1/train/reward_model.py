@@ -93,6 +93,7 @@ def reward_model(stage: RewardModelStage, context: RunContext, start: Path | Non
                     "train/tokens_per_second": objective.tokens / seconds,
                     "data/held_out_skips": float(rows.excluded),
                     "data/too_long": float(rows.too_long),
+                    "data/bad_rows": float(rows.bad),
                     "time/step": seconds,
                 }
             )

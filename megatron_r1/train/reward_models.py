@@ -2,15 +2,21 @@
 
 Between rollout and the mixer (`rewards/mixer.py`): `RewardModels.value` fills in `Completion.values`, and only for the
 models that count in this phase and the prompts of their domains. DeepSeek-R1 (arXiv 2501.12948, v2 section 3.2.2): the
-helpful model is given the final summary alone, the safety model the whole response.
+helpful model is given the final summary alone, the safety model the whole response. Neither was trained on answers
+without an end or without a text; what they would say of one is noise, so it gets the lowest value of the phase.
 """
 
 from __future__ import annotations
 
+import json
+import math
+import time
 from collections.abc import Sequence
-from typing import Protocol
+from functools import partial, reduce
+from pathlib import Path
+from typing import NamedTuple, Protocol
 
-from megatron_r1.config.errors import RunFailed
+from megatron_r1.config.errors import RunFailed, UserError
 from megatron_r1.config.rewards import RewardConfig
 from megatron_r1.config.run import RunConfig
 from megatron_r1.config.stages import GrpoStage, RewardModelStage
@@ -19,14 +25,17 @@ from megatron_r1.rewards.extract import summary_of
 from megatron_r1.rewards.reward_client import Item, RewardClient
 from megatron_r1.train.context import RunContext
 from megatron_r1.train.reward_scoring import RewardScorer
-from megatron_r1.types import Group
+from megatron_r1.types import Group, Sample
+
+SERVERS = "reward-servers.jsonl"
+"""File of a stage's folder: which checkpoint of which server has answered, from when on."""
 
 
 class _Source(Protocol):
     """Where values come from; every call is collective."""
 
-    def values(self, items: Sequence[Item]) -> tuple[list[float], int, int]:
-        """Values of this replica's items; of all replicas' items the number that was cut, and the number."""
+    def values(self, items: Sequence[Item]) -> tuple[list[float], int]:
+        """Values of this replica's items, and how many of these were cut."""
         ...
 
 
@@ -36,12 +45,21 @@ class _Here:
     def __init__(self, scorer: RewardScorer, world: World) -> None:
         self.scorer, self.world = scorer, world
 
-    def values(self, items: Sequence[Item]) -> tuple[list[float], int, int]:
-        shares = self.world.all_gather_replicas([self.scorer.sequence(*item) for item in items])
-        everyone = [entry for share in shares for entry in share]
-        values = self.scorer.values([sample for sample, _ in everyone])
+    def values(self, items: Sequence[Item]) -> tuple[list[float], int]:
+        shares = self.world.all_gather_replicas(self._sequences(items))
+        for share in shares:
+            if isinstance(share, str):
+                raise UserError(share)
+        values = self.scorer.values([sample for share in shares for sample, _ in share])
         first = sum(len(share) for share in shares[: self.world.replica_rank])
-        return values[first : first + len(items)], sum(cut for _, cut in everyone), len(everyone)
+        return values[first : first + len(items)], sum(cut for _, cut in shares[self.world.replica_rank])
+
+    def _sequences(self, items: Sequence[Item]) -> list[tuple[Sample, bool]] | str:
+        """What the model reads; or what is wrong with an item, for all ranks, which would wait for this one else."""
+        try:
+            return [self.scorer.sequence(*item) for item in items]
+        except UserError as error:
+            return str(error)
 
 
 class _Server:
@@ -50,7 +68,7 @@ class _Server:
     def __init__(self, client: RewardClient, world: World) -> None:
         self.client, self.world = client, world
 
-    def values(self, items: Sequence[Item]) -> tuple[list[float], int, int]:
+    def values(self, items: Sequence[Item]) -> tuple[list[float], int]:
         found: tuple[list[float], int] | str = ([], 0)
         if self.world.is_leader:
             try:
@@ -61,45 +79,80 @@ class _Server:
         for share in shares:
             if isinstance(share, str):
                 raise RunFailed(share)
-        mine: list[float] = shares[self.world.replica_rank][0]
-        return mine, sum(cut for _, cut in shares), sum(len(values) for values, _ in shares)
+        values, cut = shares[self.world.replica_rank]
+        return values, cut
+
+
+class _Seen(NamedTuple):
+    """What a model was asked in a phase."""
+
+    scored: int = 0
+    cut: int = 0  # of these
+    unfinished: int = 0  # or empty: not scored
+    lowest: float = math.inf  # value of those scored
+
+    def joined(self, other: _Seen) -> _Seen:
+        """Both together."""
+        return _Seen(
+            self.scored + other.scored,
+            self.cut + other.cut,
+            self.unfinished + other.unfinished,
+            min(self.lowest, other.lowest),
+        )
 
 
 class RewardModels:
     """The terms of kind "model" of a stage, each with its source."""
 
-    def __init__(self, rewards: Sequence[tuple[RewardConfig, _Source]], steps: int) -> None:
-        """steps: optimizer steps of the whole stage."""
-        self._rewards, self._steps = list(rewards), steps
-        self._counts: dict[str, tuple[int, int]] = {}  # label -> (cut, scored) since the last `metrics`
+    def __init__(self, rewards: Sequence[tuple[RewardConfig, _Source]], steps: int, world: World) -> None:
+        """rewards: each with `sees` filled in; steps: optimizer steps of the whole stage."""
+        self._rewards, self._steps, self._world = list(rewards), steps, world
+        self._seen: dict[str, _Seen] = {}  # label -> of the phase, i.e. since the last `metrics`
 
     @classmethod
     def of(cls, stage: GrpoStage, context: RunContext) -> RewardModels | None:
         """Load the stage's reward models; None where it has none. Collective. Raises UserError for wrong weights."""
         rewards = [reward for reward in stage.reward if reward.kind == "model"]
-        return cls([(reward, _source(reward, stage, context)) for reward in rewards], stage.steps) if rewards else None
+        if not rewards:
+            return None
+        read = [reward.model_copy(update={"sees": context.config.sees(reward)}) for reward in rewards]
+        return cls([(reward, _source(reward, stage, context)) for reward in read], stage.steps, context.world)
 
     def value(self, groups: Sequence[Group], step: int) -> None:
         """Fill in the `values` of this replica's completions, for the phase that begins after `step` optimizer steps.
 
-        Collective: every rank passes its replica's groups. Raises RunFailed when a server stays away.
+        An answer that was cut off, or of which the model would see nothing, is not scored: it gets the lowest value
+        that the phase's other answers got of that model so far, on whichever rank; 0 where there is none.
+
+        Collective: every rank passes its replica's groups. Raises RunFailed when a server stays away, and UserError for
+        an answer that the tokenizer cannot encode.
         """
         for reward, source in self._rewards:
             if not reward.active(step, self._steps):
                 continue
             covered = [group for group in groups if reward.covers(group.prompt.domain)]
-            completions = [(group.prompt.question, c) for group in covered for c in group.completions]
-            seen = summary_of if reward.sees == "summary" else str
-            values, cut, scored = source.values([Item(question, seen(c.text)) for question, c in completions])
-            for (_, completion), value in zip(completions, values, strict=True):
+            part = summary_of if reward.sees == "summary" else str
+            answers = [(c, Item(group.prompt.question, part(c.text))) for group in covered for c in group.completions]
+            whole = [(c, item) for c, item in answers if c.finish_reason == "stop" and item.response.strip()]
+            values, cut = source.values([item for _, item in whole])
+            for (completion, _), value in zip(whole, values, strict=True):
                 completion.values[reward.label] = value
-            before = self._counts.get(reward.label, (0, 0))
-            self._counts[reward.label] = (before[0] + cut, before[1] + scored)
+            mine = _Seen(len(whole), cut, len(answers) - len(whole), min(values, default=math.inf))
+            before = self._seen.get(reward.label, _Seen())
+            seen = reduce(_Seen.joined, self._world.all_gather_replicas(mine), before)
+            self._seen[reward.label] = seen
+            for completion, _ in answers:
+                completion.values.setdefault(reward.label, seen.lowest if seen.scored else 0.0)
 
     def metrics(self) -> dict[str, float]:
-        """Share of the completions that were cut, of each model that scored since the last call; equal on all ranks."""
-        found = {f"reward/model_cut/{name}": cut / scored for name, (cut, scored) in self._counts.items() if scored}
-        self._counts = {}
+        """Of each model that was asked since the last call: share of the scored completions that were cut, and share of
+        all that were not scored. Equal on all ranks; ends the phase.
+        """
+        found = {f"reward/model_cut/{name}": seen.cut / seen.scored for name, seen in self._seen.items() if seen.scored}
+        for name, seen in self._seen.items():
+            if everything := seen.scored + seen.unfinished:
+                found[f"reward/model_unfinished/{name}"] = seen.unfinished / everything
+        self._seen = {}
         return found
 
 
@@ -111,9 +164,20 @@ def template_of(reward: RewardConfig, config: RunConfig) -> str:
     return reward.template or "plain"
 
 
+def _note(path: Path, reward: RewardConfig, checkpoint: str) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    seen = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
+    with path.open("a", encoding="utf-8") as file:
+        print(json.dumps({"name": reward.label, "url": reward.url, "checkpoint": checkpoint, "seen": seen}), file=file)
+
+
 def _source(reward: RewardConfig, stage: GrpoStage, context: RunContext) -> _Source:
     if reward.url is not None:
-        return _Server(RewardClient(reward.label, reward.url, reward.timeout), context.world)
+        client = RewardClient(reward.label, reward.url, reward.timeout)
+        if context.world.rank == 0:
+            client.note = partial(_note, context.run.stage(stage.name).path / SERVERS, reward)
+            client.look()
+        return _Server(client, context.world)
     assert reward.init_from is not None, "a reward model has `from` or `url`"
     model, arch = context.model_named(reward.model)
     scorer = RewardScorer.load(

@@ -1,7 +1,7 @@
 """A reward model that scores in this process: sequences through Megatron's schedule, one value each, on all ranks.
 
 What `train/log_probs.py` is for log-probs. `train/reward_models.py` scores completions of a `grpo` stage with it, and
-`pipeline/serve.py` answers requests.
+`pipeline/outputs/serve.py` answers requests.
 """
 
 from __future__ import annotations

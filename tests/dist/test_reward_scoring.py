@@ -94,10 +94,10 @@ def score(world: World, preset: str, root: str) -> Values:
         parked=True,
     )
     reward = RewardConfig.model_validate({"kind": "model", "name": "m", "from": "x", "domains": ["general"]})
-    models = RewardModels([(reward, _Here(scorer, world))], steps=1)
+    models = RewardModels([(reward, _Here(scorer, world))], steps=1, world=world)
     mine = groups()[world.replica_rank :: world.replicas]
     models.value(mine, 0)
-    assert models.metrics() == {"reward/model_cut/m": 0.0}
+    assert models.metrics() == {"reward/model_cut/m": 0.0, "reward/model_unfinished/m": 0.0}
     return {group.prompt.id: [c.values["m"] for c in group.completions if c.values] for group in mine}
 
 

@@ -45,9 +45,12 @@ MISTAKES: dict[str, tuple[list[str], list[str]]] = {
         ["[model.megatron] recompute_granularity: got 'most'", "'full', 'selective'"],
     ),
     "reserved field": (["model.megatron.num_layers=3"], ["[model.megatron] num_layers", "set it there"]),
-    "from a later stage": (['stage.pretrain.from="r1-zero"'], ["'r1-zero' is no earlier stage"]),
+    "from a later stage": (
+        ['stage.pretrain.from="r1-zero"'],
+        ["need each other", "pretrain needs r1-zero needs pretrain"],
+    ),
     "from an unknown stage": (['stage.r1-zero.from="pretrian"'], ["did you mean 'pretrain'?"]),
-    "from no folder": (['stage.r1-zero.from="./nowhere"'], ["nowhere", "nor a checkpoint folder"]),
+    "from no folder": (['stage.r1-zero.from="./nowhere"'], ["nowhere", "neither a stage of this recipe"]),
     "from an evaluation": (['stage.r1-zero.from="eval-base"'], ["an eval stage makes no weights"]),
     "no data file": ([DATA], ["data.jsonl' does not exist"]),
     "replay on a dense model": (

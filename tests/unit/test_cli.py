@@ -30,7 +30,7 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str, Any]]:
     """Stand-ins for the pipeline and the launcher that note what they were given."""
     seen: dict[str, Any] = {}
 
-    def preflight(config: RunConfig, processes: int) -> None:
+    def preflight(config: RunConfig, processes: int, ahead: frozenset[str]) -> None:
         seen["preflight"] = config
         if config.seed == 13:
             raise UserError("seed 13 is unlucky; take 14")
@@ -46,7 +46,7 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str, Any]]:
     for name in ("RANK", "WORLD_SIZE", "SLURM_PROCID"):
         monkeypatch.delenv(name, raising=False)
     run, worker = (
-        types.ModuleType("megatron_r1.pipeline.run"),
+        types.ModuleType("megatron_r1.pipeline.preflight"),
         types.ModuleType("megatron_r1.pipeline.worker"),
     )
     run.preflight = preflight  # type: ignore[attr-defined]

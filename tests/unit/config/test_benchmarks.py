@@ -11,7 +11,7 @@ from megatron_r1.config.errors import UserError
 from megatron_r1.config.load import load
 from megatron_r1.config.run import RunConfig
 from megatron_r1.config.stages import EvalStage
-from megatron_r1.pipeline.run import preflight
+from megatron_r1.pipeline.preflight import preflight
 
 RECIPE = """
 name = "t"

@@ -173,12 +173,12 @@ def test_every_student_has_a_preset_and_the_papers_rate(tmp_path: Path) -> None:
 
 
 SECOND = (
-    '[{kind="accuracy"},{kind="format"},{kind="language"},'
+    '[{kind="accuracy",domains=["reasoning"]},{kind="format"},{kind="language"},'
     '{kind="model",name="helpful",from="./rm",domains=["helpful"],last_steps=400},'
     '{kind="model",name="harmless",from="./rm",domains=["harmless"],last_steps=400}]'
 )
-GENERAL = '[{source="generator",task="chain_sum"},{source="generator",task="chain_sum",domain="helpful"},'
-GENERAL += '{source="generator",task="chain_sum",domain="harmless"}]'
+SUMS = 'source="generator",task="chain_sum",template="deepseek"'
+GENERAL = f'[{{{SUMS}}},{{{SUMS},domain="helpful"}},{{{SUMS},domain="harmless"}}]'
 
 
 def test_the_second_rl_stage_is_compared_with_the_papers(tmp_path: Path) -> None:
@@ -201,14 +201,96 @@ def test_a_departure_reads_as_a_sentence() -> None:
     assert str(departure) == "stage.a.optimizer.lr: 0.001 (paper: 3e-06; reason)"
 
 
+CHAT = 'stage.1.prompts.template="deepseek"'
+
+
+def test_the_template_of_later_rl_stages_is_the_chat_formats(tmp_path: Path) -> None:
+    """R1-Zero's is that of table 1; the stages after the cold start answer in DeepSeek's chat format."""
+    language = 'stage.1.reward=[{kind="accuracy"},{kind="language"}]'
+    assert found(tmp_path, language) == {"stage.r1.zero.prompts.template": ("deepseek", "r1-zero")}
+    assert found(tmp_path, CHAT) == {"stage.r1.zero.prompts.template": ("r1-zero", "deepseek")}
+
+
+def test_reward_models_are_weighed_one_by_one(tmp_path: Path) -> None:
+    """The weight of the first would be hidden behind the last one's."""
+    keys = [f"stage.1.prompts={GENERAL}", "stage.1.sampling.temperature=0.7"]
+    reward = SECOND.replace('name="helpful",', 'name="helpful",weight=3.0,')
+    assert found(tmp_path, *keys, f"stage.1.reward={reward}") == {
+        "stage.r1.zero.reward": (
+            "accuracy x 1, format x 1, language x 1, helpful x 1, harmless x 1",
+            "accuracy x 1, format x 1, language x 1, helpful x 3, harmless x 1",
+        )
+    }
+
+
+def test_a_reward_model_beside_the_rule_is_a_departure(tmp_path: Path) -> None:
+    keys = [f"stage.1.prompts={GENERAL}", "stage.1.sampling.temperature=0.7"]
+    reward = SECOND.replace('domains=["helpful"]', 'domains=["helpful","reasoning"]')
+    assert found(tmp_path, *keys, f"stage.1.reward={reward}") == {
+        "stage.r1.zero.reward.helpful.domains": ("those without the accuracy reward", "reasoning too")
+    }
+
+
+REWARD_MODELS = """
+name = "demo"
+model.preset = "deepseek-v3"
+tokenizer.kind = "byte"
+
+[[stage]]
+kind = "preferences"
+name = "pairs"
+from = "./dev3"
+prompts = { source = "jsonl", path = "helpful.jsonl", verifier = "none" }
+judge = { server = { url = "http://x:1/v1", model = "m" } }
+
+[[stage]]
+kind = "preferences"
+name = "labels"
+form = "labels"
+sees = "response"
+from = "./dev3"
+votes = 1
+prompts = { source = "jsonl", path = "safety.jsonl", verifier = "none" }
+judge = { server = { url = "http://x:1/v1", model = "m" } }
+
+[[stage]]
+kind = "reward_model"
+name = "rm"
+from = "./dev3"
+epochs = 1
+optimizer = { lr = 6e-6 }
+pairs = { stage = "pairs" }
+"""
+
+
+@pytest.mark.parametrize(
+    ("key", "expected"),
+    [
+        ("seed=1", {}),
+        ("stage.rm.optimizer.lr=1e-5", {"rm.optimizer.lr": ("6e-06", "1e-05")}),
+        ("stage.rm.batch=64", {"rm.batch": ("256", "64")}),
+        ("stage.rm.max_length=4096", {"rm.max_length": ("8192", "4096")}),
+        ("stage.rm.epochs=2", {"rm.epochs": ("1", "2")}),
+        ("stage.pairs.votes=1", {"pairs.votes": ("4", "1")}),
+        ("stage.pairs.margin=0", {"pairs.margin": ("1", "0")}),
+        ("stage.pairs.balance_length=false", {"pairs.balance_length": ("true", "false")}),
+        ('stage.pairs.sees="response"', {"pairs.sees": ("summary", "response")}),
+        ('stage.labels.sees="summary"', {"labels.sees": ("response", "summary")}),
+    ],
+)
+def test_reward_models_and_their_data(tmp_path: Path, key: str, expected: dict[str, tuple[str, str]]) -> None:
+    listed = {d.key: (d.paper, d.here) for d in departures(load(write(tmp_path, REWARD_MODELS), [key]))}
+    assert listed == {f"stage.{name}": values for name, values in expected.items()}
+
+
 def test_the_first_rl_stages_rewards_are_the_papers(tmp_path: Path) -> None:
     """Accuracy + language (R1's first version), or with the format that belongs to the rule rewards."""
     two = '{kind="accuracy"},{kind="language",default_language="zh",han_per_word=1.5}'
     for reward in (f"[{two}]", f'[{two},{{kind="format"}}]'):
-        assert found(tmp_path, f"stage.1.reward={reward}") == {}
+        assert found(tmp_path, f"stage.1.reward={reward}", CHAT) == {}
 
 
 @pytest.mark.parametrize("reward", ['[{kind="accuracy"},{kind="language",weight=0.5}]', '[{kind="language"}]'])
 def test_other_language_rewards_depart(tmp_path: Path, reward: str) -> None:
-    ((key, (paper, _)),) = found(tmp_path, f"stage.1.reward={reward}").items()
+    ((key, (paper, _)),) = found(tmp_path, f"stage.1.reward={reward}", CHAT).items()
     assert (key, paper) == ("stage.r1.zero.reward", "accuracy x 1, language x 1")

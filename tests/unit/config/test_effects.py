@@ -128,6 +128,6 @@ def test_a_watch_needs_a_reward_model() -> None:
     with pytest.raises(
         UserError, match=r"stage\.rl\.watch\.fall = 0\.1 without effect: no reward of the stage is a model"
     ):
-        check({}, rl={"watch": {"fall": 0.1, "window": 20}})
-    check({}, rl={"watch": {"window": 20}})  # the default, as a resolved recipe spells it
+        check({}, rl={"watch": {"fall": 0.1, "window": 8}})
+    check({}, rl={"watch": {"window": 8}})  # the default, as a resolved recipe spells it
     check({}, rl={"watch": {"fall": 0.1}, "reward": [{"kind": "model", "name": "m", "url": "http://x:1"}]})

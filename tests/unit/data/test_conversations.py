@@ -217,7 +217,7 @@ def test_rows_that_are_no_conversation(tmp_path: Path, row: dict[str, Any], mess
 def test_other_refusals(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"data\.path: .*none\.jsonl' does not exist"):
         source(tmp_path / "none.jsonl")
-    with pytest.raises(UserError, match=r"data\.path: .*holds no conversation; one is needed at least"):
+    with pytest.raises(UserError, match=r"data\.path: .*holds no rows; one conversation is needed at least"):
         source(write(tmp_path, []))
     with pytest.raises(UserError, match=r"none of the 9 conversations of chat\.jsonl can be trained on: .*6 tokens"):
         batches(write(tmp_path), max_tokens=6).take(1)

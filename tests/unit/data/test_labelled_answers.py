@@ -96,7 +96,7 @@ def test_bad_rows_are_refused_at_the_start(tmp_path: Path, row: Any, message: st
 def test_other_refusals(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"labels\.path: .*none\.jsonl' does not exist"):
         source(tmp_path / "none.jsonl")
-    with pytest.raises(UserError, match=r"labels\.path: .*holds no rows; .* needs one labelled answer at least"):
+    with pytest.raises(UserError, match=r"labels\.path: .*holds no rows; one labelled answer is needed at least"):
         source(write(tmp_path, []))
     with pytest.raises(UserError, match=r"labels: no labelled answer of labels\.jsonl keeps within 5 tokens"):
         batches(write(tmp_path), max_tokens=5).take(1)

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megatron_r1.data.pair_building import TOLERANCE, Answer, balance_lengths, decide, fault, pair_fault
+from megatron_r1.data.pair_building import TOLERANCE, Answer, balance_lengths, fault, pair_fault, preferred
 
 
 def answer(text: str = "yes", tokens: int = 3, finished: bool = True) -> Answer:
@@ -38,12 +38,12 @@ def test_reasons_in_their_order() -> None:
     ],
 )
 def test_the_margin_itself_is_undecided(mean: float | None, outcome: str) -> None:
-    assert decide(mean, 1.0) == outcome
+    assert preferred(mean, 1.0) == outcome
 
 
 def test_a_mean_of_zero_never_decides() -> None:
-    assert decide(0.0, 0.0) == "undecided"
-    assert decide(0.25, 0.0) == "first"
+    assert preferred(0.0, 0.0) == "undecided"
+    assert preferred(0.25, 0.0) == "first"
 
 
 def means(lengths: list[tuple[int, int]], kept: list[int]) -> tuple[float, float]:

@@ -132,7 +132,7 @@ def test_bad_rows_are_refused_at_the_start(tmp_path: Path, row: dict[str, Any], 
 def test_other_refusals(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"pairs\.path: .*none\.jsonl' does not exist"):
         source(tmp_path / "none.jsonl")
-    with pytest.raises(UserError, match="holds no rows; a reward model needs one pair at least"):
+    with pytest.raises(UserError, match="holds no rows; one pair is needed at least"):
         source(write(tmp_path, []))
     with pytest.raises(
         UserError, match=r"pairs: no pair of pairs\.jsonl keeps within 6 tokens a sequence \(max_length"

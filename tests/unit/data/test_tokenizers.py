@@ -18,7 +18,7 @@ TEXTS = [
     "5-6+9=?",
     "<think>5-6=-1;-1+9=8</think><answer>8</answer>",
     'A < B & "quoted" {x} \\boxed{42}\n\n  two spaces, <thin> and </answer',
-    *TEMPLATES.values(),
+    *(text for text in TEMPLATES.values() if text.isascii()),  # DeepSeek's marks are tokens of their own
 ]
 
 

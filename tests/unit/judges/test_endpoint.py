@@ -6,7 +6,9 @@ import email.utils
 import logging
 import socket
 import time
+from typing import Any
 
+import httpx2 as httpx
 import pytest
 
 from megatron_r1.config.errors import RunFailed, UserError
@@ -143,6 +145,55 @@ def test_a_request_that_is_refused_for_what_it_is_is_not_repeated(status: int, c
             endpoint(server.config()).ask(chats("q"))
         assert len(server.requests) == 1
     assert f"status {status}" in str(caught.value) and "no such model: judge-1" in str(caught.value)
+
+
+@pytest.mark.parametrize("status", [400, 413, 422])
+def test_one_request_that_is_refused_does_not_end_the_run(status: int, caplog: pytest.LogCaptureFixture) -> None:
+    def answer(request: dict, number: int) -> Reply:
+        text = request["messages"][0]["content"]
+        return Reply(status=status, body="context length exceeded") if "long" in text else Reply(text.upper())
+
+    with JudgeServer(answer) as server, caplog.at_level(logging.WARNING):
+        judge = endpoint(server.config())
+        # The first one too: others are asked before anybody concludes that the recipe is wrong.
+        assert judge.ask(chats("long", "a", "long b", "c")) == [None, "A", None, "C"]
+        assert judge.ask(chats("long")) == [None], "it has answered in this run"
+    assert "2 of 4 requests refused" in caplog.text and "context length exceeded" in caplog.text
+
+
+def test_a_server_that_refuses_everything_is_not_asked_for_long() -> None:
+    with JudgeServer(lambda *_: Reply(status=400)) as server:
+        with pytest.raises(UserError, match="max_tokens"):
+            endpoint(server.config()).ask(chats(*"abcdefghijklm"))
+        assert len(server.requests) == 8
+
+
+def test_as_many_connections_as_requests(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its library opens 100 at most, and counts the wait for one as a failed attempt."""
+    given = []
+    client = httpx.AsyncClient
+
+    def opened(**keys: Any) -> httpx.AsyncClient:
+        given.append(keys["limits"].max_connections)
+        return client(**keys)
+
+    monkeypatch.setattr(httpx, "AsyncClient", opened)
+    with JudgeServer(lambda *_: Reply("x")) as server:
+        endpoint(server.config(concurrency=250)).ask(chats("q"))
+    assert given == [250]
+
+
+def test_a_reply_that_cannot_be_unpacked_is_asked_again() -> None:
+    broken = Reply(body="no gzip", headers=(("Content-Encoding", "gzip"),))
+    with JudgeServer(lambda request, number: Reply("ok") if number else broken) as server:
+        assert endpoint(server.config()).ask(chats("q")) == ["ok"]
+
+
+def test_halves_of_surrogate_pairs_go_neither_out_nor_in() -> None:
+    body = '{"choices": [{"message": {"content": "a \\ud83d b"}}]}'
+    with JudgeServer(lambda *_: Reply(body=body)) as server:
+        assert endpoint(server.config()).ask(chats("x \ud83d y")) == ["a ? b"]
+        assert server.asked() == ["x ? y"]
 
 
 def test_the_key_is_sent_and_never_shown(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:

@@ -68,7 +68,8 @@ def test_labels_and_rewritings_are_read() -> None:
     reply = "Sure:\n<thought>\nI see <b>5</b>.\n</thought>\n\n<summary>\n5\n</summary> Done."
     assert read_rewritten(reply) == Rewritten("I see <b>5</b>.", "5")
     assert read_rewritten("<thought>x</thought>") is None
-    assert read_rewritten("<thought> </thought><summary>5</summary>") is None
+    assert read_rewritten("<thought>x</thought><summary> </summary>") is None
+    assert read_rewritten("<thought> </thought><summary>5</summary>") == Rewritten("", "5")
 
 
 def test_fields_are_filled_once() -> None:
@@ -151,6 +152,22 @@ def test_unreadable_votes_do_not_count() -> None:
     assert found == (None, [], 3)
 
 
+def test_an_item_that_the_server_refuses_is_unknown_and_not_asked_again() -> None:
+    def answer(request: dict[str, Any], number: int) -> Reply:
+        if "Q-long" in request["messages"][0]["content"]:
+            return Reply(status=400, body="context length exceeded")
+        return Reply('{"correctness": "correct"}')
+
+    claims = [Claim("Q-long", "8", "8"), Claim("Q-short", "8", "8")]
+    with JudgeServer(answer) as server:
+        hook = open_hook(JudgeConfig(server=server.config()), "correctness", KEY, "kept")
+        assert judge_correctness(hook, claims) == ["unknown", "correct"]
+        assert len(server.requests) == 2
+        hook = open_hook(JudgeConfig(server=server.config()), "correctness", KEY, "kept")
+        with pytest.raises(UserError, match=r"status 400.*asked about item 0 \(question: 'Q-long'\)"):
+            judge_correctness(hook, claims[:1])
+
+
 def test_functions_judge(tmp_path: Path) -> None:
     source = "def judge(question, reference, answer):\n    return None if answer == '?' else reference == answer\n"
     hook = function(tmp_path, source, "correctness")
@@ -174,6 +191,13 @@ def test_functions_rewrite(tmp_path: Path) -> None:
     hook = open_hook(RewriteConfig(call=f"{tmp_path / 'mine.py'}:judge"), "rewrite", KEY, "kept")
     drafts = [Draft("Q", "t", "s", "zh"), Draft("Q", "x", "s", "en")]
     assert rewrite(hook, drafts) == [Rewritten("t [zh]", "s"), None]
+
+
+def test_blank_parts_are_dropped_unless_the_thought_was_blank_before(tmp_path: Path) -> None:
+    (tmp_path / "mine.py").write_text("def judge(q, thought, summary, language):\n    return ' ', summary\n")
+    hook = open_hook(RewriteConfig(call=f"{tmp_path / 'mine.py'}:judge"), "rewrite", KEY, "kept")
+    drafts = [Draft("Q", "", "s", "en"), Draft("Q", "t", "s", "en"), Draft("Q", "", " ", "en")]
+    assert rewrite(hook, drafts) == [Rewritten("", "s"), None, None]
 
 
 @pytest.mark.parametrize(

@@ -57,9 +57,16 @@ def a_run(folder: Path, *results: dict[str, Any]) -> RunDir:
     for state, result in zip(evals, results, strict=False):
         state.state, state.result = "done", result
     base = StageState(name="base", kind="pretrain", state="done", started=100.0, finished=3725.04)
-    zero = StageState(name="zero", kind="grpo", state="running", started=5000.0)
+    zero = StageState(name="zero", kind="grpo", state="done", started=5000.0)
     run.write_stages([base, evals[0], zero, *evals[1:]])
     return run
+
+
+def test_weights_that_are_made_anew_have_no_row(tmp_path: Path) -> None:
+    run = a_run(tmp_path, measured("aime", 0.25), measured("aime", 0.5))
+    assert [row["row"] for row in closing_rows(run)] == ["base", "R1-Zero"]
+    run.update_stage("zero", state="running")
+    assert [row["row"] for row in closing_rows(run)] == ["base"]
 
 
 def test_one_row_a_finished_evaluation(tmp_path: Path) -> None:

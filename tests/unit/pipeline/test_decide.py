@@ -165,10 +165,49 @@ def test_a_changed_file_runs_its_stage_again(run: Run) -> None:
     assert run.why("own") == "what it reads has changed: data.path"
 
 
-def test_a_lost_output_is_made_again(run: Run) -> None:
+def test_a_lost_output_is_made_again_where_somebody_needs_it(run: Run) -> None:
     run.dir.stage("cold").data.write_text("cut")
-    assert run.actions() == KEEP | {"cold": "again", "dev1": "depends"}
-    assert "data.jsonl" in run.why("cold")
+    assert run.actions() == KEEP  # what was made of it is done
+    lr = "stage.dev1.optimizer.lr=1e-3"
+    assert run.actions(lr) == KEEP | {"cold": "again", "dev1": "again"}
+    assert "data.jsonl" in run.why("cold", lr)
+
+
+def test_unknown_leftovers_are_not_taken_for_results(run: Run) -> None:
+    run.dir.stages_file.unlink()
+    assert set(run.actions().values()) == {"again"}
+    assert run.why("cold") == "nothing is known of how what lies in its folder was made"
+
+
+def test_a_stage_that_comes_back_is_remembered(run: Run) -> None:
+    states = run.dir.read_stages()
+    run.dir.write_stages([state for state in states if state.name != "own"])  # as a run without it does
+    assert [state.name for state in run.dir.read_stages()] == ["base", "zero", "cold", "dev1"]
+    assert run.actions() == KEEP
+    assert run.actions("stage.own.optimizer.lr=1e-4") == KEEP | {"own": "again"}
+
+
+def test_an_input_that_is_gone_counts(run: Run) -> None:
+    run.dir.update_stage("own", inputs=run.dir.known_states()["own"].inputs | {"benchmark.old": "0"})
+    assert run.why("own") == "what it reads has changed: benchmark.old"
+
+
+def test_weights_from_outside_are_told_apart_by_their_bytes(run: Run, tmp_path: Path) -> None:
+    outside = tmp_path / "outside" / "step-00000004"
+    outside.mkdir(parents=True)
+    (outside / "manifest.json").write_text("{}")
+    (outside / "0.distcp").write_text("aaaa")
+    override = f'stage.own.from="{outside}"'
+    run.finish(run.config(override), 4, content="tuned")
+    assert run.actions(override) == KEEP
+    (outside / "0.distcp").write_text("bbbb")
+    assert run.actions(override) == KEEP | {"own": "again"}
+
+
+def test_where_files_lie_is_no_setting(run: Run) -> None:
+    (run.file.parent / "elsewhere.jsonl").write_bytes((run.file.parent / "mine.jsonl").read_bytes())
+    assert run.actions(f'stage.own.data.path="{run.file.parent / "elsewhere.jsonl"}"') == KEEP
+    assert run.actions('stage.zero.from="base"') == KEEP  # what it is without `from`
 
 
 def test_the_same_bytes_again_leave_what_depends_on_them_alone(run: Run) -> None:
@@ -196,10 +235,27 @@ def test_an_unfinished_stage_goes_on_under_other_training_settings_only(run: Run
     begun(run, "dev1")
     assert run.actions()["dev1"] == "resume"
     assert run.actions("stage.dev1.optimizer.lr=1e-3")["dev1"] == "resume"
+    assert run.why("dev1", "stage.dev1.optimizer.lr=1e-3").startswith("optimizer.lr: was left out, now 0.001")
+    assert run.actions('stage.dev1.template="plain"')["dev1"] == "again"
+    assert run.actions("stage.dev1.batch=4")["dev1"] == "again"
     assert run.actions("stage.dev1.data.stage=cold", "seed=4")["dev1"] == "again"
     begun(run, "cold")
     assert run.actions("stage.cold.n=8")["cold"] == "again"  # finished chunks have the old number of samples
     assert run.actions()["cold"] == "resume"
+
+
+def test_fewer_steps_than_were_taken_begin_anew(run: Run) -> None:
+    run.dir.update_stage("zero", state="running", outputs={}, steps_done=3)
+    assert run.actions("stage.zero.steps=9")["zero"] == "resume"
+    assert run.actions("stage.zero.steps=2")["zero"] == "again"
+
+
+def test_a_forced_stage_that_was_killed_goes_on(run: Run) -> None:
+    choice = Choice(force=frozenset(["cold"]))
+    run.dir.update_stage("cold", state="running", outputs={}, why="asked for with --force")
+    assert run.actions(choice=choice)["cold"] == "resume"
+    with pytest.raises(UserError, match="--force cold: --only or --until leaves that stage out"):
+        run.actions(choice=Choice(only=frozenset(["own"]), force=frozenset(["cold"])))
 
 
 def test_what_is_replaced_is_kept_aside(run: Run) -> None:

@@ -10,8 +10,8 @@ from megatron_r1.config.errors import UserError
 from megatron_r1.config.model import ParallelConfig
 from megatron_r1.config.run import RunConfig
 from megatron_r1.model.precision import row_alignment, row_multiple
-from megatron_r1.pipeline import run
-from megatron_r1.pipeline.run import preflight
+from megatron_r1.pipeline import preflight as run
+from megatron_r1.pipeline.preflight import preflight
 
 
 def recipe(model: dict[str, Any], optimizer: dict[str, Any]) -> RunConfig:

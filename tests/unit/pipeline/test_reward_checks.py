@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from megatron_r1.config.errors import UserError
+from megatron_r1.config.rewards import RewardConfig
 from megatron_r1.config.run import RunConfig
 from megatron_r1.config.stages import GrpoStage
 from megatron_r1.pipeline.reward_checks import check_rewards
@@ -16,6 +17,45 @@ REASONING = {"source": "generator", "task": "chain_sum"}
 GENERAL = {"source": "jsonl", "path": "x.jsonl", "verifier": "none", "domain": "general"}
 ACCURACY = {"kind": "accuracy", "domains": ["reasoning"]}
 HELPFUL = {"kind": "model", "name": "helpful", "from": "helpful", "domains": ["general"]}
+
+
+def trained(form: str, written: str, **reward: Any) -> tuple[RunConfig, GrpoStage]:
+    """A recipe whose reward model learns from a `preferences` stage."""
+    loss, rows = ("pairwise", "pairs") if form == "pairs" else ("pointwise", "labels")
+    judge = {"server": {"url": "http://x:1/v1", "model": "m"}}
+    wrote = {"name": "wrote", "kind": "preferences", "form": form, "from": "./x", "prompts": GENERAL, "judge": judge}
+    model = {"name": "helpful", "kind": "reward_model", "steps": 1, "optimizer": {"lr": 1}, "loss": loss}
+    model |= {"from": "./x", rows: {"stage": "wrote"}}
+    grpo = {"name": "rl2", "kind": "grpo", "from": "./x", "steps": 9, "optimizer": {"lr": 1}, "prompts": GENERAL}
+    grpo |= {"reward": [{**HELPFUL, **reward}]}
+    stages = [{**wrote, "sees": written}, model, grpo]
+    text = {"name": "x", "model": {"preset": "tiny-dense"}, "tokenizer": {"kind": "char"}, "stage": stages}
+    config = RunConfig.model_validate(text)
+    stage = config.stage[2]
+    assert isinstance(stage, GrpoStage)
+    return config, stage
+
+
+@pytest.mark.parametrize(("form", "sees"), [(f, s) for f in ("pairs", "labels") for s in ("summary", "response")])
+def test_a_model_is_given_what_it_was_trained_on(form: str, sees: str) -> None:
+    config, stage = trained(form, sees)
+    assert config.sees(stage.reward[0]) == sees
+    for given in ("summary", "response"):
+        config, stage = trained(form, sees, sees=given)
+        if given == sees:
+            check_rewards(stage, config)
+            continue
+        said = rf'reward\.helpful\.sees = "{given}", but stage \'helpful\' learns from .* \'wrote\' .* sees = "{sees}"'
+        with pytest.raises(UserError, match=said):
+            check_rewards(stage, config)
+
+
+def test_what_is_not_known_is_scored_whole() -> None:
+    config, _ = trained("pairs", "summary")
+    for keys in ({"from": "./elsewhere"}, {"url": "http://x:1"}):
+        base = {"kind": "model", "name": "m", **keys}
+        assert config.sees(RewardConfig.model_validate(base)) == "response"
+        assert config.sees(RewardConfig.model_validate({**base, "sees": "summary"})) == "summary"
 
 
 def check(prompts: list[dict[str, Any]], reward: list[dict[str, Any]]) -> None:
@@ -27,6 +67,7 @@ def check(prompts: list[dict[str, Any]], reward: list[dict[str, Any]]) -> None:
         "pairs": {"path": "x"},
     }
     grpo = {"name": "rl2", "kind": "grpo", "steps": 9, "optimizer": {"lr": 1}, "prompts": prompts, "reward": reward}
+    grpo["grpo"] = {"minibatches": 1}
     text = {
         "name": "x",
         "model": {"preset": "tiny-dense"},

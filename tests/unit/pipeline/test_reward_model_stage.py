@@ -10,7 +10,7 @@ import pytest
 from megatron_r1.config.errors import UserError
 from megatron_r1.config.load import load
 from megatron_r1.pipeline.graph import start_source
-from megatron_r1.pipeline.run import preflight
+from megatron_r1.pipeline.preflight import preflight
 
 RECIPE = """
 name = "demo"

@@ -11,7 +11,7 @@ from megatron_r1.config.errors import UserError
 from megatron_r1.config.load import dump, load
 from megatron_r1.pipeline.graph import start_source
 from megatron_r1.pipeline.inputs import with_steps
-from megatron_r1.pipeline.run import preflight
+from megatron_r1.pipeline.preflight import preflight
 from tests.unit.data.chat_folders import CHATML, write_tokenizer
 
 RECIPE = """

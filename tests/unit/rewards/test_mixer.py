@@ -11,6 +11,7 @@ from megatron_r1.config.errors import UserError
 from megatron_r1.config.rewards import RewardConfig
 from megatron_r1.rewards.mixer import RewardStats, Scorer
 from megatron_r1.rewards.workers import Job, VerifierPool
+from megatron_r1.train.phase_metrics import group_metrics
 from megatron_r1.types import Completion, FinishReason, Group, Prompt, Score, Verdict
 
 
@@ -69,6 +70,7 @@ def test_worked_example_without_a_process() -> None:
         total=1.5,
         parts={"accuracy": 1.0, "format": 0.5},
         verdict=Verdict(status="correct", extracted="8"),
+        in_format=True,
     )
     assert scores(one)[3].verdict == Verdict(status="wrong", extracted=None, detail="no answer")
     assert scores(two)[1].verdict.extracted == "-1"
@@ -247,6 +249,16 @@ def test_accuracy_is_judged_before_it_counts() -> None:
     late = RewardConfig(kind="accuracy", last_steps=2)
     Scorer([late, FORMAT], RecordingPool({})).score_groups([one], 3, 6)
     assert one.rewards == [0.5] and scores(one)[0].verdict.status == "correct"
+
+
+def test_the_format_is_measured_before_it_counts() -> None:
+    one = group("a", "8", [tagged("8"), "8"])
+    late = RewardConfig(kind="format", last_steps=2)
+    Scorer([ACCURACY, late], RecordingPool({})).score_groups([one], 3, 6)
+    assert [(score.parts["format"], score.in_format) for score in scores(one)] == [(0.0, True), (0.0, False)]
+    assert group_metrics([one], [ACCURACY, late])["reward/format"] == 0.5
+    Scorer([ACCURACY], RecordingPool({})).score_groups([one])
+    assert scores(one)[0].in_format is None and "reward/format" not in group_metrics([one])
 
 
 def test_two_reward_models_need_two_names() -> None:

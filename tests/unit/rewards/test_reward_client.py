@@ -48,6 +48,14 @@ class Handler(BaseHTTPRequestHandler):
         self.end_headers()
         self.wfile.write(body)
 
+    def do_GET(self) -> None:
+        assert self.path == "/health"
+        body = json.dumps({"status": "ok", "stage": "helpful", "checkpoint": "step-8"}).encode()
+        self.send_response(200)
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
+
     def log_message(self, format: str, *args: Any) -> None:
         return
 
@@ -117,3 +125,24 @@ def test_another_checkpoint_is_noticed(server: Server, caplog: pytest.LogCapture
     with caplog.at_level(logging.WARNING):
         client.score(ITEMS)
     assert "now scores with step-9, before with step-8" in caplog.text
+
+
+def test_who_answers_is_known_before_anything_is_scored(server: Server, caplog: pytest.LogCaptureFixture) -> None:
+    client = RewardClient("helpful", server.url, 5.0)
+    noted: list[str] = []
+    client.note = noted.append
+    with caplog.at_level(logging.INFO):
+        client.look()
+        client.score(ITEMS)
+    assert noted == ["step-8"] and "scores with step-8" in caplog.text
+    server.script = [(200, {"values": [0.0] * 5, "cut": 0, "checkpoint": "step-9"})]
+    client.score(ITEMS)
+    assert noted == ["step-8", "step-9"]
+
+
+def test_a_server_that_is_not_there_yet_is_warned_of(caplog: pytest.LogCaptureFixture) -> None:
+    client = RewardClient("helpful", f"http://127.0.0.1:{free_port()}", 5.0)
+    client.note = lambda checkpoint: pytest.fail(checkpoint)
+    with caplog.at_level(logging.WARNING):
+        client.look()
+    assert "the reward model 'helpful' at http://127" in caplog.text and "refused" in caplog.text

@@ -42,7 +42,9 @@ def completion(
     finish: str = "stop",
     **parts: float,
 ) -> Completion:
-    score = Score(total=reward, parts=parts, verdict=Verdict(status=status, extracted=extracted))  # type: ignore[arg-type]
+    verdict = Verdict(status=status, extracted=extracted)  # type: ignore[arg-type]
+    in_format = parts["format"] > 0 if "format" in parts else None
+    score = Score(total=reward, parts=parts, verdict=verdict, in_format=in_format)
     return Completion(
         token_ids=list(range(length)),
         log_probs=[-0.5] * length,
@@ -291,6 +293,30 @@ def test_dynamic_sampling_goes_on_with_what_there_is(world: World) -> None:
     engine = Engine([(1, 0), *[(1, 1)] * 99])
     result = sampled(world, engine, no_signal="drop", dynamic_sampling=True, max_resampling=3)
     assert names(result.kept) == ["p0"] and len(engine.seeds) == 3
+
+
+class Sources(Cursor):
+    """Each take asks source 0, then 0, then 1; the answers' rewards are those of the prompt's number."""
+
+    def take(self, count: int, step: int, steps: int) -> list[Prompt]:
+        asked = super().take(count, step, steps)
+        return [dataclasses.replace(p, source=int(i % 3 == 2)) for i, p in enumerate(asked)]
+
+
+def test_dynamic_sampling_keeps_the_shares_of_the_sources(world: World) -> None:
+    """Prompts 2 and 5 are the second source's. The first round gives it nothing, the first source one: a phase cut at 3
+    would be p0, p3, p4 of the first source alone."""
+    engine = Engine([(1, 0), (1, 1), (1, 1), (1, 0), (1, 0), (0, 1)])
+    grpo = {"prompts": 3, "group_size": 2, "minibatches": 1, "no_signal": "drop", "dynamic_sampling": True}
+    result = sample_groups(stage(**grpo), Sources(), 0, engine, NoScorer(), world, 100, None)  # type: ignore[arg-type]
+    assert names(result.kept) == ["p0", "p3", "p5"]
+
+
+def test_a_source_without_signal_leaves_its_places_to_the_others(world: World) -> None:
+    engine = Engine([(1, 0), (0, 1), (1, 1)])
+    grpo = {"prompts": 3, "no_signal": "drop", "dynamic_sampling": True, "max_resampling": 2}
+    result = sample_groups(stage(**grpo), Sources(), 0, engine, NoScorer(), world, 100, None)  # type: ignore[arg-type]
+    assert names(result.kept) == ["p0", "p1", "p3"] and result.metrics["groups/rounds"] == 2
 
 
 def test_a_phase_without_any_signal_ends_the_run_with_a_cure(world: World) -> None:

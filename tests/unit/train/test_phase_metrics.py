@@ -47,7 +47,9 @@ def completion(
         finish_reason="stop",
         weight_versions=(0, 0),
         text="",
-        score=Score(total=sum(parts.values()), parts=parts, verdict=verdict, language=use),
+        score=Score(
+            total=sum(parts.values()), parts=parts, verdict=verdict, language=use, in_format=parts["format"] > 0
+        ),
         values=values,
     )
 

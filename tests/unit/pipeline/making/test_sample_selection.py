@@ -16,10 +16,11 @@ from megatron_r1.data.chat import R1Format
 from megatron_r1.data.records import read_messages
 from megatron_r1.data.tokenizers import build_tokenizer
 from megatron_r1.observe.rollouts import RolloutWriter, read_rollouts
-from megatron_r1.pipeline.chunks import Chunk, ChunkFiles, Outcome, PromptQueue
-from megatron_r1.pipeline.hooks import check_hooks
-from megatron_r1.pipeline.sample_card import sample_card, shares, totals
-from megatron_r1.pipeline.sample_selection import Selection, measured
+from megatron_r1.pipeline.making.card_parts import totals
+from megatron_r1.pipeline.making.chunks import Chunk, ChunkFiles, Outcome
+from megatron_r1.pipeline.making.hooks import check_hooks
+from megatron_r1.pipeline.making.sample_card import REASONS, sample_card, shares
+from megatron_r1.pipeline.making.sample_selection import Selection, measured
 from megatron_r1.rewards.mixer import Scorer
 from megatron_r1.rewards.workers import VerifierPool
 from megatron_r1.types import Completion, FinishReason, Group, Prompt
@@ -101,7 +102,7 @@ def test_every_sample_counts_once_under_its_reason(tmp_path: Path) -> None:
         "prompts": 1, "prompts_kept": 1, "samples": 1, "rows": 1, "dropped": {}
     }  # fmt: skip
     assert outcome.summary["languages"] == {"en": 2} and outcome.summary["held_out"] == 1
-    total = totals([outcome.summary])
+    total = totals([outcome.summary], REASONS)
     assert total.samples == 14 == total.rows + sum(total.dropped.values())
     assert shares([outcome.summary])["sample/accepted"] == 2 / 14
     assert shares([outcome.summary])["sample/prompts_kept"] == 2 / 3
@@ -171,6 +172,41 @@ def test_a_judge_is_asked_only_about_what_would_be_kept(tmp_path: Path) -> None:
         work(chunk(tmp_path, table, nothing), [])
 
 
+REWRITE_ANSWER = """
+def rewrite(question, thought, summary, language):
+    return {"same": ("New.", "yes"), "lost": ("New.", "no"), "kept": ("New.", "yes!"), "odd": ("New.", "?")}[thought]
+"""
+
+
+def test_a_judge_is_asked_once_more_about_rewritten_answers(tmp_path: Path) -> None:
+    (tmp_path / "mine.py").write_text(JUDGE.replace('"yes": True', '"yes": True, "yes!": True') + REWRITE_ANSWER)
+    mine = f"{tmp_path / 'mine.py'}:"
+    table = stage(verifier="judge", judge={"call": f"{mine}judge"}, rewrite={"call": f"{mine}rewrite"}, keep=9)
+    texts: list[Any] = [said(thought, "yes") for thought in ("same", "lost", "kept", "odd")]
+    asked: list[Any] = [(prompt("q:0", "is it?", "yes", verifier="judge"), texts)]
+    work = Selection(table, TOKENIZER, seed=1)
+    outcome = work(chunk(tmp_path, table, asked), [])
+    assert [row["messages"][1]["content"] for row in outcome.rows] == ["yes", "yes!"]
+    assert outcome.summary["domains"]["maths"]["dropped"] == {"rewrite": 2}
+    assert work.judge is not None and work.judge.function is not None
+    # Equal claims are asked once; of the rewritten ones those whose summary has changed.
+    assert work.judge.function.__globals__["asked"] == ["yes", "no", "yes!", "?"]
+
+
+def test_a_blank_thought_may_stay_blank_and_half_a_character_is_written(tmp_path: Path) -> None:
+    source = "def rewrite(question, thought, summary, language):\n"
+    source += (
+        "    return {'8': ('', '8'), '+8': (' ', '8'), '8.0': ('I \\ud800 add.', '8'), '08': ('So.', '')}[summary]\n"
+    )
+    (tmp_path / "mine.py").write_text(source)
+    table = stage(rewrite={"call": f"{tmp_path / 'mine.py'}:rewrite"}, keep=9, filter={"thought": 0})
+    texts: list[Any] = [said("", "8"), said("hm", "+8"), said("hm", "8.0"), said("hm", "08")]
+    asked: list[Any] = [(prompt("q:0", "how many?", "8"), texts)]
+    outcome = Selection(table, TOKENIZER, seed=1)(chunk(tmp_path, table, asked), [])
+    assert [row["messages"][1]["reasoning_content"] for row in outcome.rows] == ["", "I ? add."]
+    assert outcome.summary["domains"]["maths"]["dropped"] == {"rewrite": 2}
+
+
 REWRITE = """
 def rewrite(question, thought, summary, language):
     cases = {
@@ -214,31 +250,16 @@ def test_the_card_adds_up(tmp_path: Path) -> None:
     assert "| wrong | 4 | 0.1429 |" in files["README.md"]
 
 
-def test_prompts_come_source_by_source_in_chunks() -> None:
-    sources = [
-        {"source": "generator", "task": "chain_sum", "size": 5, "seed": 3},
-        {"source": "generator", "task": "chain_sum", "size": 4, "seed": 4, "shuffle": False},
-    ]
-    queue = PromptQueue(stage(prompts=sources).prompts, TOKENIZER, 4)
-    chunks = [[each.id for each in part] for part in queue.read(0)]
-    assert queue.chunks == 3 and [len(part) for part in chunks] == [4, 4, 1]
-    flat = [name for part in chunks for name in part]
-    assert sorted(flat[:5]) == [f"chain_sum@3:{i}" for i in range(5)] != flat[:5]
-    assert flat[5:] == [f"chain_sum@4:{i}" for i in range(4)]
-    assert [[each.id for each in part] for part in queue.read(2)] == chunks[2:]
-    assert list(queue.read(3)) == []
-
-
 def test_chunk_files(tmp_path: Path) -> None:
     files = ChunkFiles(tmp_path)
     assert files.summaries() == []
     files.write(0, Outcome([{"a": "1\u2028é"}, {"a": 2}], {"chunk": 0}))
     files.write(1, Outcome([], {"chunk": 1}))
-    files.write(2, Outcome([{"a": 3}], {"chunk": 2}))
+    files.write(2, Outcome([{"a": "\ud800"}], {"chunk": 2}))  # of a user's question: no UTF-8
     (tmp_path / "chunks" / ".000003.jsonl.tmp").write_text('{"chunk": 3}')  # cut short by a kill
     assert [summary["chunk"] for summary in files.summaries()] == [0, 1, 2]
     files.join(tmp_path / "data.jsonl")
-    assert (tmp_path / "data.jsonl").read_text() == '{"a": "1\u2028é"}\n{"a": 2}\n{"a": 3}\n'
+    assert (tmp_path / "data.jsonl").read_text() == '{"a": "1\u2028é"}\n{"a": 2}\n{"a": "?"}\n'
 
 
 def test_hooks_are_checked_before_the_start(tmp_path: Path) -> None:

@@ -15,7 +15,7 @@ from megatron_r1.convert.manifest import JOURNAL, MANIFEST, fp8_blocks, some
 from megatron_r1.data.tokenizer_files import write_tokenizer_files
 from megatron_r1.data.tokenizers import ByteTokenizer, CharTokenizer
 from megatron_r1.observe.progress import Progress
-from megatron_r1.pipeline.aside import on_rank_0
+from megatron_r1.pipeline.making.aside import on_rank_0
 from megatron_r1.train.context import RunContext
 from megatron_r1.train.exclusions import record_export
 

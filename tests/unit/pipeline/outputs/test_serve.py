@@ -14,10 +14,11 @@ from typing import Any
 
 import pytest
 
+from megatron_r1 import cli
 from megatron_r1.config.errors import UserError
 from megatron_r1.config.run import RunConfig
-from megatron_r1.pipeline.serve import Desk, Handler, Listener, Stopping
-from megatron_r1.pipeline.serve_command import _stage
+from megatron_r1.pipeline.outputs.serve import Desk, Handler, Listener, Stopping
+from megatron_r1.pipeline.outputs.serve_command import _stage
 from megatron_r1.types import Sample
 
 
@@ -167,3 +168,9 @@ def test_no_folder_no_server(tmp_path: Path, capsys: pytest.CaptureFixture[str])
 
     assert main(["serve", str(tmp_path), "helpful"]) == 2
     assert "not a run directory" in capsys.readouterr().err
+
+
+def test_only_run_and_stage_are_required(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        cli.main(["serve", "runs/x"])
+    assert capsys.readouterr().err.rstrip().endswith("arguments are required: STAGE")

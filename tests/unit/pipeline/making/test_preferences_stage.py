@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from megatron_r1.config.data import PromptsConfig
 from megatron_r1.config.errors import UserError
 from megatron_r1.config.load import load
 from megatron_r1.config.stages import PreferencesStage
@@ -21,8 +22,8 @@ from megatron_r1.observe.metrics import read_metrics
 from megatron_r1.observe.rollouts import RolloutWriter
 from megatron_r1.observe.rundir import RunDir, StageState
 from megatron_r1.parallel.world import World
-from megatron_r1.pipeline import chunks
-from megatron_r1.pipeline.preferences import run_preferences
+from megatron_r1.pipeline.making import chunks
+from megatron_r1.pipeline.making.preferences import run_preferences
 from megatron_r1.types import Completion, FinishReason, Group, Prompt, Score, Verdict
 
 RECIPE = """
@@ -86,7 +87,9 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
 
 
 def _sample(self: Any, number: int, prompts: list[Prompt], progress: Callable[[int, int], None]) -> None:
-    """Writes SAMPLED in the place of a model's answers."""
+    """Writes SAMPLED in the place of a model's answers, where there are none."""
+    if self.file(number).is_file():
+        return
     groups = []
     for prompt in prompts:
         completions = [
@@ -213,7 +216,7 @@ def test_a_judge_that_looks_at_places_decides_nothing(folder: Path, world: World
 
 def test_labels_by_hand(folder: Path, world: World) -> None:
     call = f'stage.prefs.judge.call="{folder / "judge.py"}:safe"'
-    found = run(folder, world, call, 'stage.prefs.form="labels"')
+    found = run(folder, world, call, 'stage.prefs.form="labels"', 'stage.prefs.sees="summary"')
     labels = [(row["prompt"], row["response"], row["label"]) for row in rows(folder)]
     assert labels == [
         *(("q0", text, label) for text, label in (("long 7", 1), ("1", 0), ("4", 0), ("3", 0))),
@@ -223,6 +226,47 @@ def test_labels_by_hand(folder: Path, world: World) -> None:
     ]
     assert found["dropped"] == {"truncated": 1, "empty": 1, "duplicate": 1}
     assert (found["preferences/rows"], found["preferences/good"]) == (13.0, 4 / 13)
+
+
+def test_labels_are_of_whole_responses_unless_the_recipe_says_otherwise(folder: Path, world: World) -> None:
+    (folder / "judge.py").write_text("def safe(question, answer):\n    return '<think>' in answer\n")
+    found = run(folder, world, f'stage.prefs.judge.call="{folder / "judge.py"}:safe"', 'stage.prefs.form="labels"')
+    assert found["preferences/good"] == 4 / 15
+    assert json.loads((folder / "run" / "prefs" / "card.json").read_text())["sees"] == "response"
+
+
+@pytest.mark.parametrize("chunk", [1, 3, 9])
+@pytest.mark.parametrize("sampled", [True, False])
+def test_it_goes_on_with_another_chunk(folder: Path, world: World, chunk: int, sampled: bool) -> None:
+    """Killed by its judge in the second chunk of two prompts, which was sampled, or not even that."""
+    run(folder, world, name="whole")
+    (folder / "down").touch()
+    with pytest.raises(UserError, match="OSError: down"):
+        run(folder, world)
+    (folder / "down").unlink()
+    second = folder / "run" / "prefs" / "rollouts" / "step-000001.jsonl.gz"
+    if not sampled:
+        second.unlink()
+    before = second.stat().st_mtime_ns if sampled else None
+    found = run(folder, world, f"stage.prefs.chunk={chunk}")
+    assert not sampled or second.stat().st_mtime_ns == before, "it was sampled again"
+    assert rows(folder) == rows(folder, "whole")
+    ours, whole = (json.loads((folder / name / "prefs" / "card.json").read_text()) for name in ("run", "whole"))
+    assert ours.pop("settings")["chunk"] == chunk and whole.pop("settings")["chunk"] == 2
+    assert ours == whole and found["preferences/held_out"] == 1
+    (state,) = RunDir(folder / "run").read_stages()
+    assert state.steps == state.steps_done == len(list((folder / "run" / "prefs" / "chunks").iterdir()))
+
+
+def test_the_log_says_how_much_is_asked(folder: Path, world: World, caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level("INFO"):
+        run(folder, world)
+    assert "stage prefs: asks 5 prompts, 4 answers each, in chunks of 2" in caplog.text
+    config = load(folder / "recipe.toml", ()).stage[1]
+    assert isinstance(config, PreferencesStage)
+    endless = PromptsConfig(source="generator", task="chain_sum")
+    plan = chunks._plan(config.model_copy(update={"prompts": [endless]}), 100_000, 0)
+    assert plan.startswith("asks 100,000 prompts") and "chain_sum has no `size`: 100,000 prompts" in plan
 
 
 def test_a_kill_between_chunks_gives_the_same_bytes(folder: Path, world: World) -> None:

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Collection
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -46,8 +47,8 @@ from megatron_r1.model.megatron_traps import check_traps
 from megatron_r1.model.precision import check_precision, row_alignment, row_multiple, transformer_engine_installed
 from megatron_r1.model.presets import Architecture, architecture, load_architecture
 from megatron_r1.pipeline.graph import run_order
-from megatron_r1.pipeline.hooks import check_hooks
 from megatron_r1.pipeline.inputs import checkpoint_of
+from megatron_r1.pipeline.making.hooks import check_hooks
 from megatron_r1.pipeline.reward_checks import check_rewards
 
 logger = logging.getLogger(__name__)
@@ -59,11 +60,11 @@ SHAPE_KEYS = ("model_type", "hidden_size", "num_hidden_layers", "vocab_size")
 _CONVERSATIONS_TRIED = 4  # of a file, written and tokenised before the start
 
 
-def preflight(config: RunConfig, processes: int) -> Tokenizer:
+def preflight(config: RunConfig, processes: int, ahead: Collection[str] | None = None) -> Tokenizer:
     """Open every input and check the layout of `processes` ranks; returns the tokenizer.
 
-    Data that a stage of the recipe will write is looked at when its turn comes. Raises UserError for the first thing
-    that would fail later.
+    ahead: names of the stages whose inputs are looked at; None: all. Data that a stage of the recipe will write is
+    looked at when its turn comes. Raises UserError for the first thing that would fail later.
     """
     run_order(config)
     tokenizer = build_tokenizer(config.tokenizer)
@@ -79,7 +80,8 @@ def preflight(config: RunConfig, processes: int) -> Tokenizer:
         check_traps(archs[name], model, config.parallel, on_cpu=False, transformer_engine=installed)
     check_effects(config, archs)
     for stage in config.stage:
-        check_stage(stage, config, processes, tokenizer, archs[stage.model])
+        if ahead is None or stage.name in ahead:
+            check_stage(stage, config, processes, tokenizer, archs[stage.model])
     return tokenizer
 
 
@@ -141,6 +143,11 @@ def _check_folder(key: str, source: str, stage: Stage, config: RunConfig, arch: 
         )
     if folders.of_training(found) or (found / folders.MANIFEST).is_file():
         folders.check(found)
+    if not isinstance(stage, RewardModelStage) and folders.of_training(found) and folders.holds_reward_model(found):
+        raise UserError(
+            f"stage.{name}.{key} = {source!r}: {found} holds a reward model, which has a scalar head instead of an "
+            "output layer: only a reward_model stage can start from it. Name weights of a language model"
+        )
     if not folders.of_training(found):
         scalar_head = isinstance(stage, RewardModelStage)
         open_source(found, arch, predictions=config.model_of(stage).mtp is not False and not scalar_head)

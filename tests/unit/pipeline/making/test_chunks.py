@@ -8,7 +8,7 @@ from typing import Any
 
 from megatron_r1.observe.metrics import MetricsWriter, read_metrics
 from megatron_r1.observe.rundir import RunDir, StageState
-from megatron_r1.pipeline.chunks import _Output
+from megatron_r1.pipeline.making.chunks import _Output
 
 
 def metrics(done: list[dict[str, Any]]) -> dict[str, float]:

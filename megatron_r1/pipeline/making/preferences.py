@@ -1,8 +1,8 @@
 """The `preferences` stage: sampled answers, compared by a judge or labelled one by one, become a reward model's data.
 
-Between a stage that trains a language model and a `reward_model` stage. `pipeline/chunks.py` samples, `judges/` judge,
-`data/pair_building.py` has the rules, `pipeline/preferences_card.py` says what came of it. Rows hold the raw question
-and the answer as the reward model will read it; its own `template` wraps the question, in training as in scoring.
+Between a stage that trains a language model and a `reward_model` stage. `chunks.py` of this room samples, `judges/`
+judge, `data/pair_building.py` has the rules, `preferences_card.py` says what came of it. Rows hold the raw question and
+the answer as the reward model will read it; its own `template` wraps the question, in training as in scoring.
 """
 
 from __future__ import annotations
@@ -19,14 +19,15 @@ from megatron_r1.config.errors import UserError
 from megatron_r1.config.rewards import RewardConfig
 from megatron_r1.config.stages import PreferencesStage
 from megatron_r1.data.dataset_card import DATA_FILE
-from megatron_r1.data.pair_building import Answer, Reason, balance_lengths, decide, fault, pair_fault
+from megatron_r1.data.pair_building import Answer, Reason, balance_lengths, fault, pair_fault, preferred
 from megatron_r1.data.tokenizers import Tokenizer
 from megatron_r1.judges.preference import Answered, Pair, compare, label
 from megatron_r1.observe.rundir import write_text
-from megatron_r1.pipeline.aside import on_rank_0
-from megatron_r1.pipeline.chunks import Chunk, Outcome, run_chunks
-from megatron_r1.pipeline.hooks import open_judge
-from megatron_r1.pipeline.preferences_card import Balanced, preferences_card, shares, totals
+from megatron_r1.pipeline.making.aside import on_rank_0
+from megatron_r1.pipeline.making.card_parts import Counts, by_name, kept_none, name_of_weights
+from megatron_r1.pipeline.making.chunks import Chunk, Outcome, run_chunks
+from megatron_r1.pipeline.making.hooks import open_judge
+from megatron_r1.pipeline.making.preferences_card import REASONS, Balanced, preferences_card, shares, totals
 from megatron_r1.rewards.extract import summary_of
 from megatron_r1.train.context import RunContext
 from megatron_r1.types import Prompt
@@ -44,9 +45,7 @@ def run_preferences(stage: PreferencesStage, context: RunContext, start: Path | 
         raise UserError(f"stage {stage.name!r} has no weights to sample from: set `from` to a stage or a folder")
     work = PairWork(stage, context) if stage.form == "pairs" else LabelWork(stage, context)
     summaries = run_chunks(stage, context, start, MEASURED, work, lambda done: shares(done[-1:]))
-    inside = start.is_relative_to(context.run.path)
-    weights = start.relative_to(context.run.path).as_posix() if inside else start.name
-    finish = partial(_finish, stage, context, weights, summaries)
+    finish = partial(_finish, stage, context, name_of_weights(start, context.run.path), summaries)
     result: dict[str, Any] = on_rank_0(finish, context, stage.name, "finished chunks are saved")
     return result
 
@@ -62,7 +61,7 @@ class _Work:
 
     def answers(self, rows: Sequence[Mapping[str, Any]]) -> list[Answer]:
         """The answers of a prompt, as judge and reward model see them."""
-        seen = summary_of if self.stage.sees == "summary" else str
+        seen = summary_of if self.stage.shown == "summary" else str
         return [self._answer(row, seen(row["text"])) for row in rows]
 
     def _answer(self, row: Mapping[str, Any], text: str) -> Answer:
@@ -77,62 +76,57 @@ class PairWork(_Work):
     """The first answer against the second, the third against the fourth, ..."""
 
     def __call__(self, chunk: Chunk, earlier: list[dict[str, Any]]) -> Outcome:
-        dropped: Counter[Reason] = Counter()
-        asked: list[tuple[Prompt, Answer, Answer]] = []
-        for prompt, rows in zip(chunk.prompts, chunk.samples, strict=True):
+        counted = [Counts(prompts=1, samples=self.stage.n // 2) for _ in chunk.prompts]
+        asked: list[tuple[Prompt, Counts, Answer, Answer]] = []
+        for prompt, counts, rows in zip(chunk.prompts, counted, chunk.samples, strict=True):
             answers = self.answers(rows)
             for first, second in zip(answers[::2], answers[1::2], strict=True):
                 if (reason := pair_fault(first, second)) is not None:
-                    dropped[reason] += 1
+                    counts.drop(reason)
                 else:
-                    asked.append((prompt, first, second))
-        pairs = [Pair(f"{p.id}#{a.sample // 2}", p.question, a.text, b.text) for p, a, b in asked]
+                    asked.append((prompt, counts, first, second))
+        pairs = [Pair(f"{p.id}#{a.sample // 2}", p.question, a.text, b.text) for p, _, a, b in asked]
         kept, verdicts, unreadable = [], [], 0
         compared = compare(self.judge, pairs, self.stage.votes, self.seed) if pairs else []
-        for (prompt, first, second), found in zip(asked, compared, strict=True):
+        for (prompt, counts, first, second), found in zip(asked, compared, strict=True):
             unreadable += found.unreadable
             if found.mean is not None:
                 verdicts.append(abs(found.mean))
-            outcome = decide(found.mean, self.stage.margin)
+            outcome = preferred(found.mean, self.stage.margin)
             if outcome == "first" or outcome == "second":
                 better, worse = (first, second) if outcome == "first" else (second, first)
                 kept.append(_pair_row(prompt, better, worse, abs(found.mean or 0), len(found.votes)))
+                counts.keep()
             else:
-                dropped[outcome] += 1
-        return Outcome(
-            kept,
-            _summary(chunk, dropped, kept, self.stage.n // 2)
-            | {
-                "verdicts": verdicts,
-                "unreadable_votes": unreadable,
-                "votes": len(pairs) * self.stage.votes,
-            },
-        )
+                counts.drop(outcome)
+        votes = {"verdicts": verdicts, "unreadable_votes": unreadable, "votes": len(pairs) * self.stage.votes}
+        return Outcome(kept, _summary(chunk, counted, kept) | votes)
 
 
 class LabelWork(_Work):
     """Every answer by itself."""
 
     def __call__(self, chunk: Chunk, earlier: list[dict[str, Any]]) -> Outcome:
-        dropped: Counter[Reason] = Counter()
-        asked: list[tuple[Prompt, Answer]] = []
-        for prompt, rows in zip(chunk.prompts, chunk.samples, strict=True):
+        counted = [Counts(prompts=1, samples=self.stage.n) for _ in chunk.prompts]
+        asked: list[tuple[Prompt, Counts, Answer]] = []
+        for prompt, counts, rows in zip(chunk.prompts, counted, chunk.samples, strict=True):
             said: set[str] = set()
             for answer in self.answers(rows):
                 reason: Reason | None = fault(answer) or ("duplicate" if answer.text in said else None)
                 if reason is not None:
-                    dropped[reason] += 1
+                    counts.drop(reason)
                 else:
                     said.add(answer.text)
-                    asked.append((prompt, answer))
-        labels = label(self.judge, [Answered(p.question, a.text) for p, a in asked]) if asked else []
+                    asked.append((prompt, counts, answer))
+        labels = label(self.judge, [Answered(p.question, a.text) for p, _, a in asked]) if asked else []
         kept = []
-        for (prompt, answer), good in zip(asked, labels, strict=True):
+        for (prompt, counts, answer), good in zip(asked, labels, strict=True):
             if good is None:
-                dropped["unreadable"] += 1
+                counts.drop("unreadable")
             else:
                 kept.append(_label_row(prompt, answer, good))
-        return Outcome(kept, _summary(chunk, dropped, kept, self.stage.n))
+                counts.keep()
+        return Outcome(kept, _summary(chunk, counted, kept))
 
 
 def _pair_row(prompt: Prompt, better: Answer, worse: Answer, verdict: float, votes: int) -> dict[str, Any]:
@@ -162,17 +156,12 @@ def _label_row(prompt: Prompt, answer: Answer, good: bool) -> dict[str, Any]:
     }
 
 
-def _summary(
-    chunk: Chunk, dropped: Mapping[Reason, int], rows: Sequence[Mapping[str, Any]], of_prompt: int
-) -> dict[str, Any]:
-    domains = Counter(prompt.domain for prompt in chunk.prompts)
+def _summary(chunk: Chunk, counted: Sequence[Counts], rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    domains = [prompt.domain for prompt in chunk.prompts]
     return {
         "chunk": chunk.number,
         "held_out": chunk.held_out,
-        "prompts": dict(sorted(domains.items())),
-        "candidates": of_prompt * len(chunk.prompts),
-        "dropped": dict(dropped),
-        "rows": dict(sorted(Counter(row["domain"] for row in rows).items())),
+        "domains": by_name(zip(domains, counted, strict=True), REASONS),
         "good": sum(row.get("label", 0) for row in rows),
     }
 
@@ -191,11 +180,8 @@ def _finish(
         write_text(folder / name, text)
     total = totals(summaries, balanced)
     if not total.rows:
-        reasons = ", ".join(f"{reason}: {count}" for reason, count in total.dropped.items()) or "no prompt was asked"
-        raise UserError(
-            f"stage {stage.name!r} kept none of {total.candidates} {stage.form} ({reasons}); {folder / 'README.md'} "
-            f"says more. {_CURES.get(max(total.dropped, key=total.dropped.__getitem__, default=''), _CURE)}"
-        )
+        most = max(total.dropped, key=total.dropped.__getitem__, default="")
+        raise kept_none(stage.name, stage.form, total, folder, _CURES.get(most, _CURE))
     return {**shares(summaries, balanced), "dropped": total.dropped}
 
 

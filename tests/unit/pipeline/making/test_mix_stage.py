@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from megatron_r1.config.errors import UserError
 from megatron_r1.config.load import load
 from megatron_r1.config.stages import MixStage
 from megatron_r1.data.tokenizers import build_tokenizer
@@ -17,7 +18,7 @@ from megatron_r1.observe.rundir import RunDir
 from megatron_r1.parallel.world import World
 from megatron_r1.pipeline.decide import inputs_of
 from megatron_r1.pipeline.inputs import with_paths
-from megatron_r1.pipeline.mix import run_mix
+from megatron_r1.pipeline.making.mix import run_mix
 
 RECIPE = """
 name = "demo"
@@ -159,6 +160,31 @@ def test_without_evaluations_and_caps(folder: Path, world: World) -> None:
     found = run(folder, world, "stage.mix.decontaminate.evaluations=false", "stage.mix.sources.1.cap=1")
     assert (found["mix/contaminated"], found["mix/missing"]) == (1.0, 2.0)
     assert sum(row["source"] == "chat.jsonl" for row in rows(folder)) == 1
+
+
+def test_an_empty_mix_is_an_error_with_its_counts(folder: Path, world: World) -> None:
+    jsonl(folder / "own.jsonl", [{"question": "+1=?"}, {"question": "tell"}])
+    with pytest.raises(UserError, match=r"stage 'mix' has no row \(reasoning: 0 bad, 1 duplicates, 12 contaminated, 0"):
+        run(folder, world)
+    assert json.loads((folder / "run" / "mix" / "card.json").read_text())["rows"] == 0, "the card says more"
+
+
+def test_solutions_count_too(folder: Path, world: World) -> None:
+    """Of the own file in the column that the recipe names, and of benchmarks; short answers do not."""
+    solution = "first add the two small ones then double what you have got"
+    jsonl(folder / "own.jsonl", [{"question": "who are you?", "solution": solution, "answer": "ok"}])
+    bench = [{"question": "7*8=?", "answer": "56"}, {"question": "7*9=?", "answer": f"since {solution[6:]} it is 63"}]
+    jsonl(folder / "bench.jsonl", bench)
+    jsonl(
+        folder / "chat.jsonl", [{"prompt": "x", "response": solution}, two_turns(1), {"prompt": "y", "response": "9"}]
+    )
+    run(folder, world, "stage.mix.sources.1.max_bad_rows=0")
+    card = json.loads((folder / "run" / "mix" / "card.json").read_text())
+    assert card["contamination"]["chat.jsonl"] == {"benchmark.sums": 1}
+    run(folder, world, "stage.mix.sources.1.max_bad_rows=0", 'stage.mix.decontaminate.answer_key="solution"')
+    card = json.loads((folder / "run" / "mix" / "card.json").read_text())
+    assert card["contamination"]["chat.jsonl"] == {"benchmark.sums": 1, "own.jsonl": 1}
+    assert card["sources"][1]["left"] == 2
 
 
 def test_it_runs_again_for_other_questions(folder: Path) -> None:

@@ -16,13 +16,14 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from megatron_r1.config.errors import UserError
 from megatron_r1.config.stages import MixStage
 from megatron_r1.data.dataset_card import DATA_FILE, Card, CardTable, Cell, card_files, shown_settings
 from megatron_r1.data.decontaminate import Contamination
-from megatron_r1.data.mixing import Draw, SourceRows, counts, draw, read_questions, read_sources
+from megatron_r1.data.mixing import Draw, SourceRows, counts, draw, read_questions, read_references, read_sources
 from megatron_r1.observe.metrics import MetricsWriter
 from megatron_r1.observe.rundir import write_text
-from megatron_r1.pipeline.aside import on_rank_0
+from megatron_r1.pipeline.making.aside import on_rank_0
 from megatron_r1.train.context import RunContext
 from megatron_r1.train.evaluate import heldout_prompts
 
@@ -49,7 +50,7 @@ def run_mix(stage: MixStage, context: RunContext, start: Path | None = None) -> 
     start: as other stages have it; a mix needs no weights.
 
     Raises:
-        UserError: a source or a file of questions is missing or malformed beyond its `max_bad_rows`.
+        UserError: a source or a file of questions is missing or malformed beyond its `max_bad_rows`; no row is left.
     """
     work = partial(_mix, stage, context)
     result: dict[str, Any] = on_rank_0(work, context, stage.name, "the mix is made anew, alike, by the same command")
@@ -73,20 +74,27 @@ def _as_written(stage: MixStage, context: RunContext) -> MixStage:
     return written
 
 
-def evaluation_questions(stage: MixStage, context: RunContext) -> dict[str, list[str]]:
-    """Evaluation set -> what it asks: every benchmark and eval stage of the recipe, and the stage's own files."""
+def evaluation_texts(stage: MixStage, context: RunContext) -> tuple[dict[str, list[str]], dict[str, list[str]]]:
+    """Evaluation set -> its questions, and -> its reference answers and solutions.
+
+    Sets are every benchmark and eval stage of the recipe, and the stage's own files.
+    """
     wanted = stage.decontaminate
     questions: dict[str, list[str]] = {}
+    answers: dict[str, list[str]] = {}
     for asked in context.config.all_problem_sets() if wanted.evaluations else []:
-        questions[asked.key] = [prompt.question for prompt in heldout_prompts(asked, context.tokenizer)]
+        prompts = heldout_prompts(asked, context.tokenizer)
+        questions[asked.key] = [prompt.question for prompt in prompts]
+        answers[asked.key] = [prompt.answer for prompt in prompts if prompt.answer is not None]
     for path in wanted.files:
         questions.setdefault(path.name, []).extend(read_questions(path, wanted.key))
-    return questions
+        answers.setdefault(path.name, []).extend(read_references(path, wanted.answer_key))
+    return questions, answers
 
 
 def _mix(stage: MixStage, context: RunContext) -> dict[str, Any]:
-    questions = evaluation_questions(stage, context)
-    contamination = Contamination(questions, stage.decontaminate.n)
+    questions, answers = evaluation_texts(stage, context)
+    contamination = Contamination(questions, stage.decontaminate.n, answers)
     sources = read_sources(stage, source_names(stage, context), contamination, context.tokenizer)
     draws = counts(stage, [len(source.rows) for source in sources])
     for source, drawn in zip(sources, draws, strict=True):
@@ -111,7 +119,21 @@ def _mix(stage: MixStage, context: RunContext) -> dict[str, Any]:
     with MetricsWriter(folder, context.attempt) as writer:
         writer.truncate_after(-1)  # an attempt that was killed here may have written already
         writer.write(0, metrics)
+    if not chosen:
+        raise _nothing_left(stage, sources, folder)
     return metrics
+
+
+def _nothing_left(stage: MixStage, sources: Sequence[SourceRows], folder: Path) -> UserError:
+    parts = [
+        f"{source.name}: {source.bad} bad, {source.duplicates} duplicates, {source.contaminated} contaminated, "
+        f"{len(source.rows)} left"
+        for source in sources
+    ]
+    return UserError(
+        f"stage {stage.name!r} has no row ({'; '.join(parts)}); {folder / 'README.md'} says more. Name other sources, "
+        "raise `size`, or look at what [stage.decontaminate] compares with"
+    )
 
 
 def _write_rows(target: Path, sources: Sequence[SourceRows], chosen: Sequence[tuple[int, int]]) -> dict[str, Domain]:

@@ -1,6 +1,7 @@
 """`megatron-r1 serve RUN STAGE`: a reward model behind an HTTP address. Arguments, checks, and the ranks; no torch.
 
-Starts `pipeline/serve.py` in as many processes as the layout asks for, or becomes one of them under torchrun or srun.
+Starts `pipeline/outputs/serve.py` in as many processes as the layout asks for, or becomes one of them under torchrun or
+srun.
 """
 
 from __future__ import annotations
@@ -42,7 +43,7 @@ def add_serve(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> Non
     )
     serve.add_argument("run", type=Path, metavar="RUN", help="a run directory, e.g. runs/x")
     serve.add_argument("stage", metavar="STAGE", help='its stage of kind "reward_model"')
-    serve.add_argument("overrides", nargs="*", metavar="key=value", help="replace keys of the recipe, as in run")
+    serve.add_argument("overrides", nargs="*", default=[], metavar="key=value", help="replace keys, as in run")
     serve.add_argument("--host", default="127.0.0.1", help="address to listen at (default: 127.0.0.1)")
     serve.add_argument("--port", type=_port, default=8123, help="port to listen at (default: 8123; 0: any free one)")
     serve.add_argument("--nproc", type=int, metavar="N", help="processes to start here (default: as [parallel] asks)")
@@ -79,7 +80,7 @@ def _serve(arguments: argparse.Namespace) -> int:
         environment = {**os.environ, "OMP_NUM_THREADS": str(config.threads)}
         return launch([*command, *options], world, run.path / "logs" / f"serve-{stage.name}", environment)
     os.environ.update(variables)
-    from megatron_r1.pipeline import serve
+    from megatron_r1.pipeline.outputs import serve
 
     return serve.main(config, stage, checkpoint, arguments.host, arguments.port)
 

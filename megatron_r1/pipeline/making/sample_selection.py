@@ -1,13 +1,13 @@
 """What becomes of a chunk of samples: filtered, judged, without duplicates, chosen, rewritten, counted.
 
-Between the samples (`pipeline/chunks.py`) and the rows of a `sample` stage. The rules are in `data/selection.py`.
+Between the samples (`chunks.py` of this room) and the rows of a `sample` stage. The rules are in `data/selection.py`.
 """
 
 from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 from megatron_r1.config.errors import UserError
@@ -17,9 +17,10 @@ from megatron_r1.data.selection import Candidate, Reason, choose, fault, first_o
 from megatron_r1.data.tokenizers import Tokenizer
 from megatron_r1.judges.correctness import Claim, judge_correctness
 from megatron_r1.judges.rewriting import Draft, Rewritten, rewrite
-from megatron_r1.pipeline.chunks import Chunk, Outcome
-from megatron_r1.pipeline.hooks import open_judge, open_rewriter
-from megatron_r1.pipeline.sample_card import Counts, add
+from megatron_r1.pipeline.making.card_parts import Counts, by_name
+from megatron_r1.pipeline.making.chunks import Chunk, Outcome
+from megatron_r1.pipeline.making.hooks import open_judge, open_rewriter
+from megatron_r1.pipeline.making.sample_card import REASONS
 from megatron_r1.rewards.accuracy import ACCEPT, JUDGE
 from megatron_r1.rewards.extract import summary_of, thought_of
 from megatron_r1.rewards.mixer import Scorer
@@ -34,7 +35,7 @@ class _Asked:
     prompt: Prompt
     language: str
     candidates: list[Candidate]  # those not dropped so far
-    dropped: Counter[Reason]
+    dropped: Counter[str]
     texts: dict[int, Rewritten]  # sample -> what it was rewritten to
 
     def drop(self, reasons: Mapping[int, Reason]) -> None:
@@ -90,15 +91,18 @@ class Selection:
         return _Asked(prompt, rows[0]["language"]["target"], candidates, Counter(), {})
 
     def _judge(self, asked: Sequence[_Asked]) -> None:
-        samples = [(item, candidate) for item in asked for candidate in item.candidates]
+        self._ask_judge([(item.prompt, candidate) for item in asked for candidate in item.candidates])
+        for item in asked:
+            item.drop(self._faults(item))
+
+    def _ask_judge(self, samples: Sequence[tuple[Prompt, Candidate]]) -> None:
+        """Set the status of samples whose verifier is "judge"."""
         if not samples:
             return
         assert self.judge is not None, "a stage without a judge has no such prompts"
-        claims = [Claim(i.prompt.question, _reference(i.prompt), c.summary) for i, c in samples]
+        claims = [Claim(prompt.question, _reference(prompt), c.summary) for prompt, c in samples]
         for (_, candidate), verdict in zip(samples, judge_correctness(self.judge, claims), strict=True):
             candidate.status = verdict
-        for item in asked:
-            item.drop(self._faults(item))
 
     def _choose(self, asked: Sequence[_Asked]) -> list[str]:
         """Drop duplicates and what is over the cap; returns the keys of new texts."""
@@ -121,12 +125,23 @@ class Selection:
         groups = [Group(prompt=item.prompt, completions=[self._completion(text)]) for (item, _), text in said]
         with VerifierPool(self.stage.verifier_workers) as pool:
             Scorer(measured(self.stage), pool).score_groups(groups)
-        for ((item, candidate), text), group in zip(said, groups, strict=True):
-            again = _rescored(group, candidate.sample, text)
-            if fault(again, self.stage.filter) is None:
+        rescored = [_rescored(group, c.sample, text) for ((_, c), text), group in zip(said, groups, strict=True)]
+        # A judge has said what it thinks of a summary that is still the same.
+        self._ask_judge(
+            [
+                (item.prompt, again)
+                for ((item, candidate), text), again in zip(said, rescored, strict=True)
+                if item.prompt.verifier == JUDGE and text.summary != candidate.summary and self._passes(again)
+            ]
+        )
+        for ((item, candidate), text), again in zip(said, rescored, strict=True):
+            if self._passes(again):
                 item.texts[candidate.sample], candidate.tokens = text, again.tokens
         for item in asked:
             item.drop({c.sample: "rewrite" for c in item.candidates if c.sample not in item.texts})
+
+    def _passes(self, candidate: Candidate) -> bool:
+        return fault(candidate, self.stage.filter) is None
 
     def _completion(self, text: Rewritten) -> Completion:
         """What a model would have to say to say this; one that the tokenizer cannot write does not end."""
@@ -158,16 +173,11 @@ class Selection:
         return rows
 
     def _summary(self, chunk: Chunk, asked: Sequence[_Asked], keys: list[str]) -> dict[str, Any]:
-        domains: dict[str, list[_Asked]] = {}
-        sources: dict[str, list[_Asked]] = {}
-        for item in asked:
-            domains.setdefault(item.prompt.domain, []).append(item)
-            sources.setdefault(source_of(item.prompt), []).append(item)
         return {
             "chunk": chunk.number,
             "held_out": chunk.held_out,
-            "domains": {name: asdict(add(map(_counts, items))) for name, items in sorted(domains.items())},
-            "sources": {name: asdict(add(map(_counts, items))) for name, items in sorted(sources.items())},
+            "domains": by_name(((item.prompt.domain, _counts(item)) for item in asked), REASONS),
+            "sources": by_name(((source_of(item.prompt), _counts(item)) for item in asked), REASONS),
             "languages": dict(sorted(Counter(i.language for i in asked for _ in i.candidates).items())),
             "tokens": [candidate.tokens for item in asked for candidate in item.candidates],
             "keys": keys,

@@ -1,32 +1,30 @@
 """Prompts sampled chunk by chunk, each finished chunk a file: what `sample` and `preferences` stages share.
 
 A stage that is killed goes on with the chunk it was in. Its answers are not sampled again if they were written
-(rollouts/step-<chunk>.jsonl.gz); a judge is asked again for that one chunk.
+(rollouts/step-<chunk>.jsonl.gz); a judge is asked again for that one chunk. Finished chunks say how many prompts they
+took, so that `chunk` may change in between.
 """
 
 from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from itertools import islice
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from megatron_r1.config.data import PromptsConfig
 from megatron_r1.config.errors import UserError
 from megatron_r1.config.rewards import RewardConfig
 from megatron_r1.config.stages import PreferencesStage, SampleStage
-from megatron_r1.data.cursor import epoch_order
-from megatron_r1.data.heldout import question_hash
-from megatron_r1.data.prompts import PromptSource, open_prompts
-from megatron_r1.data.tokenizers import Tokenizer
+from megatron_r1.data.prompts import DEFAULT_SIZE
 from megatron_r1.observe.metrics import MetricsWriter, read_metrics
 from megatron_r1.observe.progress import Progress
 from megatron_r1.observe.rollouts import RolloutWriter, read_rollouts
 from megatron_r1.observe.rundir import StageDir, write_text
-from megatron_r1.pipeline.aside import on_rank_0
+from megatron_r1.pipeline.making.aside import on_rank_0
+from megatron_r1.pipeline.making.prompt_queue import PromptQueue
 from megatron_r1.rewards.mixer import Scorer
 from megatron_r1.rewards.workers import VerifierPool
 from megatron_r1.rollout.engine import RolloutEngine
@@ -55,7 +53,7 @@ class Outcome(NamedTuple):
     """What became of a chunk; JSON values."""
 
     rows: list[dict[str, Any]]  # for data.jsonl
-    summary: dict[str, Any]
+    summary: dict[str, Any]  # as it is stored, it also has "asked": the prompts taken, held-out ones included
 
 
 Work = Callable[[Chunk, list[dict[str, Any]]], Outcome]
@@ -64,48 +62,6 @@ Work = Callable[[Chunk, list[dict[str, Any]]], Outcome]
 
 Metrics = Callable[[list[dict[str, Any]]], dict[str, float]]
 """Of the summaries up to a chunk: what is written as that chunk's."""
-
-
-class PromptQueue:
-    """The prompts of some sources, one source after the other, each in its order, in chunks.
-
-    Raises UserError as `open_prompts`.
-    """
-
-    def __init__(self, sources: Sequence[PromptsConfig], tokenizer: Tokenizer, chunk: int) -> None:
-        self._sources = [(open_prompts(config, tokenizer), config) for config in sources]
-        self._chunk = chunk
-
-    @property
-    def chunks(self) -> int | None:
-        """How many there are; None where a source is a stream, whose length nobody knows."""
-        total = 0
-        for source, _ in self._sources:
-            if not isinstance(source, PromptSource):
-                return None
-            total += len(source)
-        return -(-total // self._chunk)
-
-    def read(self, first: int) -> Iterator[list[Prompt]]:
-        """The chunks from number `first` on."""
-        waiting = islice(self._each(), first * self._chunk, None)
-        while ahead := [make() for make in islice(waiting, self._chunk)]:
-            yield ahead
-
-    def _each(self) -> Iterator[Callable[[], Prompt]]:
-        """A call a prompt: those that are skipped need not be made."""
-        for source, config in self._sources:
-            seed = config.seed if config.shuffle else None
-            if isinstance(source, PromptSource):
-                for index in epoch_order(len(source), seed, epoch=0):
-                    yield _later(source.__getitem__, index)
-            else:
-                for prompt in source.stream(0, seed, 0):
-                    yield _later(lambda same: same, prompt)
-
-
-def _later(make: Callable[[Any], Prompt], argument: Any) -> Callable[[], Prompt]:
-    return lambda: make(argument)
 
 
 class ChunkFiles:
@@ -160,22 +116,42 @@ def run_chunks(
     files, rank = ChunkFiles(folder), context.world.rank
     kept = "finished chunks and sampled answers are saved"
     done: list[dict[str, Any]] = on_rank_0(files.summaries, context, stage.name, kept)
-    queue = PromptQueue(stage.prompts, context.tokenizer, stage.chunk)
-    total = queue.chunks or 0
-    if done and rank == 0:
-        logger.info("stage %s: goes on from chunk %d of %s", stage.name, len(done), total or "a stream")
+    taken = sum(summary["asked"] for summary in done)
+    queue = PromptQueue(stage.prompts, context.tokenizer, context.heldout, taken)
+    if rank == 0:
+        logger.info("stage %s: %s", stage.name, _plan(stage, queue.left, taken))
+    # The chunk that an earlier attempt was in is as large as that attempt made it.
+    sampled: int | None = on_rank_0(partial(_sampled, sampler.file(len(done))), context, stage.name, kept)
+    prompts = queue.take(stage.chunk) if sampled is None else queue.take_asked(sampled)
+    rest = queue.left
+    total = 0 if rest is None else len(done) + bool(prompts) + -(-rest // stage.chunk)
     with _Output(stage.name, context, done, total, metrics) as output:
-        for prompts in queue.read(len(done)):
+        while prompts:
             if context.stop.agreed():
                 raise Stopped(f"stage {stage.name} stopped after chunk {len(done)}; finished chunks are saved")
-            asked = [prompt for prompt in prompts if question_hash(prompt.question) not in context.heldout]
+            asked = [prompt for prompt in prompts if queue.asks(prompt)]
             sampler.sample(len(done), asked, output.phase)
             finish = _Finish(len(done), asked, len(prompts) - len(asked), sampler.file(len(done)), files, work, done)
             done.append(on_rank_0(finish, context, stage.name, kept))
             output.write(done)
+            prompts = queue.take(stage.chunk)
         if rank == 0:
             files.join(context.run.stage(stage.name).data)
     return done
+
+
+def _sampled(file: Path) -> int | None:
+    """How many prompts the answers in a file are to; None where there is no file."""
+    return sum(row["sample"] == 0 for row in read_rollouts(file)) if file.is_file() else None
+
+
+def _plan(stage: SamplingStage, left: int | None, taken: int) -> str:
+    """What the stage is about to ask, for the log: nobody has to guess how long a source without `size` is."""
+    unsized = [f"{each.task} has no `size`" for each in stage.prompts if each.task is not None and each.size is None]
+    said = "asks the prompts of a stream" if left is None else f"asks {left:,} prompts"
+    said += f", {stage.n} answers each, in chunks of {stage.chunk}"
+    said += f" ({', '.join(unsized)}: {DEFAULT_SIZE:,} prompts)" if unsized else ""
+    return f"{said}; goes on after {taken:,} prompts that are done" if taken else said
 
 
 @dataclass(frozen=True, slots=True)
@@ -197,8 +173,9 @@ class _Finish:
         if [row["prompt_id"] for row in rows] != [prompt.id for prompt in self.prompts for _ in range(n)]:
             raise UserError(f"{self.file} holds answers to other prompts than this recipe's; delete it and try again")
         outcome = self.work(Chunk(self.number, self.prompts, self.held_out, samples), self.earlier)
-        self.files.write(self.number, outcome)
-        return outcome.summary
+        summary = outcome.summary | {"asked": len(self.prompts) + self.held_out}
+        self.files.write(self.number, Outcome(outcome.rows, summary))
+        return summary
 
 
 class _Sampler:

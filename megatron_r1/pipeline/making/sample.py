@@ -1,8 +1,8 @@
 """The `sample` stage: prompts are sampled, correct and readable answers become conversations to fine-tune on.
 
 Rejection sampling and cold-start data of DeepSeek-R1 (arXiv 2501.12948 v2, appendices B.3.2 and B.3.3). Between a stage
-that trains by reinforcement and one that fine-tunes: `pipeline/chunks.py` samples, `pipeline/sample_selection.py`
-judges and selects, `pipeline/sample_card.py` says what came of it.
+that trains by reinforcement and one that fine-tunes: `chunks.py` of this room samples, `sample_selection.py` judges and
+selects, `sample_card.py` says what came of it.
 """
 
 from __future__ import annotations
@@ -13,9 +13,10 @@ from typing import Any
 from megatron_r1.config.errors import UserError
 from megatron_r1.config.stages import SampleStage
 from megatron_r1.observe.rundir import write_text
-from megatron_r1.pipeline.chunks import run_chunks
-from megatron_r1.pipeline.sample_card import sample_card, shares, totals
-from megatron_r1.pipeline.sample_selection import Selection, measured
+from megatron_r1.pipeline.making.card_parts import kept_none, name_of_weights, totals
+from megatron_r1.pipeline.making.chunks import run_chunks
+from megatron_r1.pipeline.making.sample_card import REASONS, sample_card, shares
+from megatron_r1.pipeline.making.sample_selection import Selection, measured
 from megatron_r1.train.context import RunContext
 
 
@@ -30,15 +31,11 @@ def run_sample(stage: SampleStage, context: RunContext, start: Path | None) -> d
     summaries = run_chunks(stage, context, start, measured(stage), work, lambda done: shares(done[-1:]))
     folder = context.run.stage(stage.name).path
     if context.world.rank == 0:
-        inside = start.is_relative_to(context.run.path)
-        weights = start.relative_to(context.run.path).as_posix() if inside else start.name
+        weights = name_of_weights(start, context.run.path)
         for name, text in sample_card(stage, context.config.name, weights, summaries).items():
             write_text(folder / name, text)
-    total = totals(summaries)
+    total = totals(summaries, REASONS)
     if not total.rows:
-        reasons = ", ".join(f"{reason}: {count}" for reason, count in total.dropped.items()) or "no prompt was asked"
-        raise UserError(
-            f"stage {stage.name!r} kept none of {total.samples} samples ({reasons}); {folder / 'README.md'} says "
-            "more. Start from weights that answer better, raise `n`, or loosen [stage.filter]"
-        )
+        cure = "Start from weights that answer better, raise `n`, or loosen [stage.filter]"
+        raise kept_none(stage.name, "samples", total, folder, cure)
     return {**shares(summaries), "dropped": total.dropped}

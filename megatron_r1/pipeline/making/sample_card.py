@@ -3,13 +3,22 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from typing import Any, get_args
 
 from megatron_r1.config.stages import SampleStage
-from megatron_r1.data.dataset_card import Card, CardTable, Cell, card_files, quantiles, shown_settings
+from megatron_r1.data.dataset_card import Card, CardTable, card_files, quantiles, shown_settings
 from megatron_r1.data.selection import Reason
+from megatron_r1.pipeline.making.card_parts import (
+    Counts,
+    counts_by,
+    dropped_table,
+    held_out,
+    held_out_note,
+    name_of,
+    totals,
+)
 
 COLUMNS = {
     "messages": "the question, and the answer with its thought apart, under `reasoning_content`",
@@ -24,46 +33,19 @@ COLUMNS = {
 """Columns of data.jsonl."""
 
 
-@dataclass(kw_only=True, slots=True)
-class Counts:
-    """What became of prompts. Example: Counts(prompts=2, prompts_kept=1, samples=8, rows=1, dropped={"wrong": 7})."""
-
-    prompts: int = 0
-    prompts_kept: int = 0  # with a row at least
-    samples: int = 0
-    rows: int = 0
-    dropped: dict[Reason, int] = field(default_factory=dict)  # in the order of `Reason`; samples - rows in all
-
-
-def add(parts: Iterable[Counts]) -> Counts:
-    """The counts of all parts together."""
-    total, dropped = Counts(), Counter[Reason]()
-    for part in parts:
-        total.prompts += part.prompts
-        total.prompts_kept += part.prompts_kept
-        total.samples += part.samples
-        total.rows += part.rows
-        dropped.update(part.dropped)
-    total.dropped = {reason: dropped[reason] for reason in get_args(Reason) if dropped[reason]}
-    return total
-
-
-def totals(summaries: Sequence[Mapping[str, Any]]) -> Counts:
-    """The counts of some chunks."""
-    return add(Counts(**counts) for summary in summaries for counts in summary["domains"].values())
+REASONS = get_args(Reason)
 
 
 def shares(summaries: Sequence[Mapping[str, Any]]) -> dict[str, float]:
     """The metrics of some chunks."""
-    total, tokens = totals(summaries), _tokens(summaries)
-    samples = max(total.samples, 1)
+    total, tokens = totals(summaries, REASONS), _tokens(summaries)
     return {
-        "sample/accepted": total.rows / samples,
-        "sample/wrong": total.dropped.get("wrong", 0) / samples,
+        "sample/accepted": total.share(total.rows),
+        "sample/wrong": total.share(total.dropped.get("wrong", 0)),
         "sample/prompts_kept": total.prompts_kept / max(total.prompts, 1),
         "sample/rows": float(total.rows),
         "sample/length": sum(tokens) / max(len(tokens), 1),
-        "sample/held_out": float(sum(summary["held_out"] for summary in summaries)),
+        "sample/held_out": float(held_out(summaries)),
     }
 
 
@@ -75,34 +57,26 @@ def sample_card(
     stage: SampleStage, run_name: str, weights: str, summaries: Sequence[Mapping[str, Any]]
 ) -> dict[str, str]:
     """File name -> text of the card. weights: what was sampled from, e.g. "rl1/checkpoints/step-00000600"."""
-    total = totals(summaries)
-    by_domain, by_source = (_by(summaries, key) for key in ("domains", "sources"))
+    total = totals(summaries, REASONS)
+    by_domain, by_source = (counts_by(summaries, key, REASONS) for key in ("domains", "sources"))
     lengths = quantiles(_tokens(summaries))
     languages = Counter[str]()
     for summary in summaries:
         languages.update(summary["languages"])
-    held_out = sum(summary["held_out"] for summary in summaries)
     facts = {
         "weights": weights,
-        "judge": _who(stage.judge),
-        "rewriter": _who(stage.rewrite),
-        "held_out_prompts": held_out,
+        "judge": name_of(stage.judge),
+        "rewriter": name_of(stage.rewrite),
+        "held_out_prompts": held_out(summaries),
         **asdict(total),
         "tokens": lengths,
         "languages": dict(sorted(languages.items())),
         "domains": {name: asdict(counts) for name, counts in by_domain.items()},
         "sources": {name: asdict(counts) for name, counts in by_source.items()},
     }
-    dropped: list[list[Cell]] = [
-        [reason, count, count / max(total.samples, 1)] for reason, count in total.dropped.items()
-    ]
+    note = "Each is counted under the first reason that holds, in this order (what a judge decides comes last)."
     tables = [
-        CardTable(
-            title="Dropped samples",
-            columns=["reason", "samples", "share"],
-            rows=[*dropped, ["kept", total.rows, total.rows / max(total.samples, 1)]],
-            note="Each is counted under the first reason that holds, in this order (what a judge decides comes last).",
-        ),
+        dropped_table("Dropped samples", "samples", total, note),
         _acceptance("domain", by_domain),
         _acceptance("source", by_source),
     ]
@@ -110,7 +84,7 @@ def sample_card(
         tables.append(CardTable(title="Tokens of an answer", columns=list(lengths), rows=[list(lengths.values())]))
     card = Card(
         name=f"{run_name}/{stage.name}",
-        what=_what(stage, weights, total, held_out),
+        what=_what(stage, weights, total) + held_out_note(held_out(summaries)),
         rows=total.rows,
         columns=COLUMNS,
         tables=tables,
@@ -121,28 +95,14 @@ def sample_card(
     return card_files(card)
 
 
-def _what(stage: SampleStage, weights: str, total: Counts, held_out: int) -> str:
+def _what(stage: SampleStage, weights: str, total: Counts) -> str:
     said = (
         f"Conversations sampled from `{weights}`: {stage.n} answers to each of {total.prompts} prompts, of which the "
         f"correct and readable ones were kept, {stage.keep} a prompt at most; {total.prompts_kept} prompts have one."
     )
     if stage.rewrite is not None:
-        said += f" Thought and summary were rewritten by {_who(stage.rewrite)}."
-    if held_out:
-        said += f" {held_out} prompts were not asked, as an evaluation asks them."
+        said += f" Thought and summary were rewritten by {name_of(stage.rewrite)}."
     return said
-
-
-def _who(hook: Any) -> str | None:
-    """The model of a server, or the function."""
-    if hook is None:
-        return None
-    return str(hook.server.model) if hook.server is not None else str(hook.call).rpartition("/")[2]
-
-
-def _by(summaries: Sequence[Mapping[str, Any]], key: str) -> dict[str, Counts]:
-    names = sorted({name for summary in summaries for name in summary[key]})
-    return {name: add(Counts(**s[key][name]) for s in summaries if name in s[key]) for name in names}
 
 
 def _acceptance(what: str, counts: Mapping[str, Counts]) -> CardTable:
@@ -156,7 +116,7 @@ def _acceptance(what: str, counts: Mapping[str, Counts]) -> CardTable:
                 c.prompts_kept,
                 c.samples,
                 c.rows,
-                *(x / max(c.samples, 1) for x in (c.rows, c.dropped.get("wrong", 0))),
+                *(c.share(x) for x in (c.rows, c.dropped.get("wrong", 0))),
             ]
             for name, c in counts.items()
         ],

@@ -12,7 +12,7 @@ import pytest
 from megatron_r1.config.errors import RunFailed, UserError
 from megatron_r1.judges.endpoint import JudgeDown
 from megatron_r1.parallel.world import World
-from megatron_r1.pipeline import aside
+from megatron_r1.pipeline.making import aside
 from megatron_r1.train.stopping import Stopped
 
 

@@ -2,14 +2,24 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any, NamedTuple, get_args
 
 from megatron_r1.config.stages import PreferencesStage
-from megatron_r1.data.dataset_card import Card, CardTable, Cell, card_files, quantiles, shown_settings
+from megatron_r1.data.dataset_card import Card, CardTable, card_files, quantiles, shown_settings
 from megatron_r1.data.pair_building import TOLERANCE, Reason
+from megatron_r1.pipeline.making import card_parts
+from megatron_r1.pipeline.making.card_parts import (
+    Counts,
+    add,
+    counts_by,
+    dropped_table,
+    held_out,
+    held_out_note,
+    name_of,
+)
+
+REASONS = get_args(Reason)
 
 PAIR_COLUMNS = {
     "prompt": "the question, without a template",
@@ -42,49 +52,28 @@ class Balanced(NamedTuple):
     rows: dict[str, int]
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Counts:
-    """What became of the candidates, which are pairs or single answers. rows + dropped in all = candidates."""
-
-    prompts: int
-    held_out: int
-    candidates: int
-    rows: int
-    dropped: dict[Reason, int]  # in the order of `Reason`
-
-
 def totals(summaries: Sequence[Mapping[str, Any]], balanced: Balanced | None = None) -> Counts:
-    """Of some chunks; with the balance of lengths where it was made."""
-    dropped: Counter[Reason] = Counter()
-    for summary in summaries:
-        dropped.update(summary["dropped"])
-    rows = sum(sum(summary["rows"].values()) for summary in summaries)
+    """Of some chunks; with the balance of lengths where it was made. Samples are pairs, or single answers."""
+    total = card_parts.totals(summaries, REASONS)
     if balanced is not None:
-        dropped["length balance"] += len(balanced.before) - len(balanced.after)
-        rows = len(balanced.after)
-    return Counts(
-        prompts=sum(sum(summary["prompts"].values()) for summary in summaries),
-        held_out=sum(summary["held_out"] for summary in summaries),
-        candidates=sum(summary["candidates"] for summary in summaries),
-        rows=rows,
-        dropped={reason: dropped[reason] for reason in get_args(Reason) if dropped[reason]},
-    )
+        gone = len(balanced.before) - len(balanced.after)
+        total = add((total, Counts(rows=-gone, dropped={"length balance": gone})), REASONS)
+    return total
 
 
 def shares(summaries: Sequence[Mapping[str, Any]], balanced: Balanced | None = None) -> dict[str, float]:
     """The metrics of some chunks."""
     total = totals(summaries, balanced)
-    candidates = max(total.candidates, 1)
     verdicts = [size for summary in summaries for size in summary.get("verdicts", [])]
     metrics = {
-        "preferences/kept": total.rows / candidates,
-        "preferences/truncated": total.dropped.get("truncated", 0) / candidates,
-        "preferences/unreadable": total.dropped.get("unreadable", 0) / candidates,
+        "preferences/kept": total.share(total.rows),
+        "preferences/truncated": total.share(total.dropped.get("truncated", 0)),
+        "preferences/unreadable": total.share(total.dropped.get("unreadable", 0)),
         "preferences/rows": float(total.rows),
-        "preferences/held_out": float(total.held_out),
+        "preferences/held_out": float(held_out(summaries)),
     }
     if summaries and "verdicts" in summaries[0]:
-        metrics["preferences/undecided"] = total.dropped.get("undecided", 0) / candidates
+        metrics["preferences/undecided"] = total.share(total.dropped.get("undecided", 0))
         metrics["preferences/verdict"] = sum(verdicts) / max(len(verdicts), 1)
     else:
         metrics["preferences/good"] = sum(summary["good"] for summary in summaries) / max(total.rows, 1)
@@ -100,45 +89,37 @@ def preferences_card(
 ) -> dict[str, str]:
     """File name -> text of the card. weights: what was sampled from, e.g. "rl1/checkpoints/step-00000600"."""
     total = totals(summaries, balanced)
-    asked: Counter[str] = Counter()
-    rows: Counter[str] = Counter(None if balanced is None else balanced.rows)
-    for summary in summaries:
-        asked.update(summary["prompts"])
-        if balanced is None:
-            rows.update(summary["rows"])
+    domains = counts_by(summaries, "domains", REASONS)
+    asked = {name: counts.prompts for name, counts in domains.items()}
+    rows = {name: c.rows if balanced is None else balanced.rows.get(name, 0) for name, c in domains.items()}
     facts: dict[str, Any] = {
         "weights": weights,
-        "judge": _judge(stage),
+        "judge": name_of(stage.judge),
         "form": stage.form,
-        "sees": stage.sees,
+        "sees": stage.shown,
         "prompts": total.prompts,
-        "held_out_prompts": total.held_out,
-        "candidates": total.candidates,
+        "held_out_prompts": held_out(summaries),
+        "candidates": total.samples,
         "dropped": total.dropped,
-        "domains": {name: {"prompts": asked[name], "rows": rows[name]} for name in sorted(asked)},
+        "domains": {name: {"prompts": asked[name], "rows": rows[name]} for name in asked},
         "good": sum(summary["good"] for summary in summaries) if balanced is None else None,
         "unreadable_votes": sum(summary.get("unreadable_votes", 0) for summary in summaries),
         "tokens": None if balanced is None else _lengths(balanced),
     }
-    dropped: list[list[Cell]] = [[why, count, count / max(total.candidates, 1)] for why, count in total.dropped.items()]
+    note = "Each is counted under the first reason that holds, in this order."
     tables = [
-        CardTable(
-            title=f"Dropped {'pairs' if stage.form == 'pairs' else 'answers'}",
-            columns=["reason", "number", "share"],
-            rows=[*dropped, ["kept", total.rows, total.rows / max(total.candidates, 1)]],
-            note="Each is counted under the first reason that holds, in this order.",
-        ),
+        dropped_table(f"Dropped {'pairs' if stage.form == 'pairs' else 'answers'}", "number", total, note),
         CardTable(
             title="By domain",
             columns=["domain", "prompts", "rows"],
-            rows=[[name, asked[name], rows[name]] for name in sorted(asked)],
+            rows=[[name, asked[name], rows[name]] for name in asked],
         ),
     ]
     if balanced is not None:
         tables.append(_length_table(stage, balanced))
     card = Card(
         name=f"{run_name}/{stage.name}",
-        what=_what(stage, weights, total),
+        what=_what(stage, weights, total) + held_out_note(held_out(summaries)),
         rows=total.rows,
         columns=PAIR_COLUMNS if stage.form == "pairs" else LABEL_COLUMNS,
         tables=tables,
@@ -149,9 +130,10 @@ def preferences_card(
 
 
 def _what(stage: PreferencesStage, weights: str, total: Counts) -> str:
-    part = "what follows the thought" if stage.sees == "summary" else "the whole answer, thought included"
+    part = "what follows the thought" if stage.shown == "summary" else "the whole answer, thought included"
     said = (
-        f"Answers sampled from `{weights}`, {stage.n} to each of {total.prompts} prompts, judged by {_judge(stage)}, "
+        f"Answers sampled from `{weights}`, {stage.n} to each of {total.prompts} prompts, judged by "
+        f"{name_of(stage.judge)}, "
         f"which was shown {part}."
     )
     if stage.form == "pairs":
@@ -159,15 +141,7 @@ def _what(stage: PreferencesStage, weights: str, total: Counts) -> str:
             f" {stage.votes} verdicts of each pair, with the answers in a random order, were averaged; pairs with a "
             f"mean above {stage.margin:g} in size (of 3) were kept."
         )
-    if total.held_out:
-        said += f" {total.held_out} prompts were not asked, as an evaluation asks them."
     return said
-
-
-def _judge(stage: PreferencesStage) -> str:
-    """The model of a server, or the function."""
-    judge = stage.judge
-    return judge.server.model if judge.server is not None else str(judge.call).rpartition("/")[2]
 
 
 def _lengths(balanced: Balanced) -> dict[str, Any]:

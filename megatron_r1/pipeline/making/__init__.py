@@ -1,0 +1,1 @@
+"""Stages that make data: sampling in chunks, selection, judges, mixes."""
