@@ -20,8 +20,9 @@ PAD, EOS = "<|pad|>", "<|end|>"
 def write_tokenizer_files(tokenizer: CharTokenizer | ByteTokenizer, folder: Path) -> None:
     """Write tokenizer.json, tokenizer_config.json and generation_config.json, the latter with the ids that end a text.
 
-    transformers' AutoTokenizer gives the same ids for every text that the tokenizer can encode, tags included; padding
-    and end of sequence are special tokens, tags are not.
+    transformers' PreTrainedTokenizerFast gives the same ids for every text that the tokenizer can encode, tags
+    included; padding and end of sequence are special tokens, tags are not. AutoTokenizer does, too, except beside a
+    config.json of model_type "qwen2", which transformers 5 reads with Qwen2Tokenizer whatever the files say.
     """
     vocab = {PAD: tokenizer.pad_id, EOS: tokenizer.eos_id} | {tag: 2 + i for i, tag in enumerate(tokenizer.tags)}
     if isinstance(tokenizer, CharTokenizer):

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from megatron_r1.observe.rundir import RunDir
 from tests.e2e.recipes import RECIPE, finish, living, rollouts, start, wait_until
@@ -256,7 +256,7 @@ sampling = {{ max_new_tokens = 10, temperature = 1e-4, top_p = 1.0 }}
     (rows,) = rollouts(run / stage, "ask").values()
     folder = whole / "run" / stage / "hf"
     theirs = AutoModelForCausalLM.from_pretrained(folder)
-    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(folder)
     answers = []
     with torch.no_grad():
         for row in rows:

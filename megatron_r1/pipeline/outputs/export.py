@@ -76,6 +76,12 @@ class _Export:
         if isinstance(own, CharTokenizer | ByteTokenizer):
             folder = self.target.parent / "tokenizer"
             write_tokenizer_files(own, folder)
+            if self.context.arch["model_type"] == "qwen2":
+                logger.warning(
+                    "stage %s: transformers 5 reads the tokenizer of any qwen2 folder with Qwen2Tokenizer, and the %s "
+                    "tokenizer is none: load it with PreTrainedTokenizerFast.from_pretrained, not AutoTokenizer",
+                    *(self.stage.name, own.name),
+                )
             return folder
         given = self.context.config.tokenizer
         return given.path if given.kind == "huggingface" else None

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 from pathlib import Path
 
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from transformers import AutoTokenizer, GenerationConfig
+from transformers import AutoTokenizer, GenerationConfig, PreTrainedTokenizerFast
 
 from megatron_r1.data.tokenizer_files import EOS, write_tokenizer_files
 from megatron_r1.data.tokenizers import CHARACTERS, ByteTokenizer, CharTokenizer
@@ -33,7 +35,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 def test_ids_and_text_are_the_same(
     ours: CharTokenizer | ByteTokenizer, folders: dict[str, Path], data: st.DataObject
 ) -> None:
-    theirs = AutoTokenizer.from_pretrained(folders[ours.name])
+    theirs = PreTrainedTokenizerFast.from_pretrained(folders[ours.name])
     alphabet = st.sampled_from(CHARACTERS + "计算首先") if ours is CHAR else st.characters(exclude_categories=["Cs"])
     text = "".join(data.draw(st.lists(st.sampled_from(PIECES) | st.text(alphabet, max_size=8), max_size=8)))
     ids = ours.encode(text)
@@ -48,3 +50,14 @@ def test_special_ids(ours: CharTokenizer | ByteTokenizer, folders: dict[str, Pat
     assert theirs.decode([ours.encode("5")[0], 1], skip_special_tokens=True) == "5"
     assert theirs(EOS)["input_ids"] == [1]
     assert GenerationConfig.from_pretrained(folders[ours.name]).eos_token_id == 1
+
+
+def test_which_models_autotokenizer_reads_them_for(folders: dict[str, Path], tmp_path: Path) -> None:
+    """If this changes for qwen2, the export stage need not warn any more."""
+    found = {}
+    for model_type in ("deepseek_v3", "llama", "qwen2", "qwen3", "qwen3_moe"):
+        folder = shutil.copytree(folders["char"], tmp_path / model_type)
+        (folder / "config.json").write_text(json.dumps({"model_type": model_type}))
+        found[model_type] = AutoTokenizer.from_pretrained(folder)("compute 5-6=?")["input_ids"]
+    right = CHAR.encode("compute 5-6=?")
+    assert {model_type for model_type, ids in found.items() if ids != right} == {"qwen2"}
