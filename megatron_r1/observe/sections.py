@@ -12,7 +12,7 @@ import time
 from collections.abc import Sequence
 
 from megatron_r1.observe.collect import Phase, Row, RunView, StageView
-from megatron_r1.observe.evaluations import closing_text, evaluation_label, samples_of
+from megatron_r1.observe.evaluations import by_benchmark, closing_text, evaluation_label, samples_of
 from megatron_r1.observe.lineage import LANGUAGE_MODEL_KINDS
 from megatron_r1.observe.markup import badge, element, escape, note, table
 from megatron_r1.observe.names import METRICS, format_value, metric_of
@@ -143,8 +143,12 @@ def stage_table(view: RunView) -> str:
 
 
 def _result(state: StageState) -> str:
+    """What a stage says of itself; of an evaluation on several benchmarks only pass@1, as the whole has a table above."""
+    result = state.result
+    if state.kind == "eval" and len(by_benchmark(result)) > 1:
+        result = {name: value for name, value in result.items() if name.endswith("/pass_at_1")}
     parts = []
-    for name, value in state.result.items():
+    for name, value in result.items():
         label = evaluation_label(name, samples_of(name, state.result))
         if (metric := metric_of(name)) is not None and isinstance(value, (int, float)):
             parts.append(f"{label} {format_value(float(value), metric.unit)}")
