@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import torch
-import torch.distributed as dist
 from megatron.core import dist_checkpointing, tensor_parallel
 from megatron.core.dist_checkpointing.dict_utils import dict_list_map_inplace
 from megatron.core.dist_checkpointing.mapping import ShardedObject, ShardedTensor, ShardedTensorFactory
@@ -70,11 +69,8 @@ def save(root: Path, trainer: TrainingState, loop: dict[str, Any], reference: Re
     `loop` must be equal on all ranks and hold plain Python values and tensors.
     """
     world = trainer.world
-    box: list[Any] = [None]
-    if world.rank == 0:
-        box[0] = _attempt(lambda: folders.begin(root, trainer.step))
-    dist.broadcast_object_list(box, src=0)
-    target = _raise_or(box[0])
+    first = world.rank == 0
+    target = _raise_or(world.broadcast_from_0(_attempt(lambda: folders.begin(root, trainer.step)) if first else None))
     _save_without_a_manager_process()
     state = _sharded_state(trainer, reference, loading=False)
     state["loop"] = {
@@ -89,10 +85,8 @@ def save(root: Path, trainer: TrainingState, loop: dict[str, Any], reference: Re
     except (OSError, RuntimeError, CheckpointException) as error:
         # The others may be inside another collective of the save, so they are not told: they end with this rank.
         raise _disk_error(error) or error from None
-    if world.rank == 0:
-        box[0] = _attempt(lambda: folders.commit(target, {KEPT_CONFIG: trainer.arch}, keep))
-    dist.broadcast_object_list(box, src=0)
-    return _raise_or(box[0])
+    done = _attempt(lambda: folders.commit(target, {KEPT_CONFIG: trainer.arch}, keep)) if first else None
+    return _raise_or(world.broadcast_from_0(done))
 
 
 def load(path: Path, trainer: TrainingState, reference: Reference | None) -> dict[str, Any]:

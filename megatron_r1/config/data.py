@@ -26,7 +26,12 @@ def check_template(template: str) -> None:
         )
 
 
-def check_one_origin(table: PairsConfig | LabelsConfig | ConversationsConfig) -> None:
+def within_last(last_steps: int | None, step: int, steps: int) -> bool:
+    """Whether a phase that begins after `step` of `steps` optimizer steps is within the last so many; None: always."""
+    return last_steps is None or step >= steps - last_steps
+
+
+def check_one_origin(table: RewardRowsConfig | ConversationsConfig) -> None:
     """Raise ValueError unless the rows come from either a path or a stage."""
     if (table.path is None) == (table.stage is None):
         raise ValueError("give exactly one of `path` and `stage`")
@@ -101,6 +106,10 @@ class PromptsConfig(Table):
         check_template(self.template)
         return self
 
+    def active(self, step: int, steps: int) -> bool:
+        """Whether it takes part in a phase that begins after `step` of `steps` optimizer steps."""
+        return within_last(self.last_steps, step, steps)
+
     @property
     def columns(self) -> dict[str, str]:
         """Setting -> the column that it names and a file must have."""
@@ -108,67 +117,22 @@ class PromptsConfig(Table):
         return columns if self.language_key is None else columns | {"language_key": self.language_key}
 
 
-class PairsConfig(Table):
-    """One source of preference pairs: rows of a prompt and two answers, all texts, of which one is preferred."""
-
-    table: ClassVar[str] = "pairs"
+class RewardRowsConfig(Table):
+    """What the two sources of reward models have in common."""
 
     source: Literal["jsonl", "parquet"] = "jsonl"
     """jsonl: a file; parquet: a file or a folder of them."""
     path: Path | None = None
     """The file or folder."""
     stage: str | None = None
-    """Instead of `path`: the stage of this recipe whose data.jsonl to read (kind "preferences", form "pairs")."""
+    """Instead of `path`: the stage of this recipe whose data.jsonl to read (kind "preferences", of the same form)."""
     size: PositiveInt | None = None
     """Use at most this many rows, the first ones."""
     prompt_key: str = "prompt"
     """Column of the prompt."""
-    chosen_key: str = "chosen"
-    """Column of the preferred answer."""
-    rejected_key: str = "rejected"
-    """Column of the other answer."""
     template: str = "plain"
     """"r1-zero", "deepseek", "plain", or a text that contains `{prompt}`: what the answers follow. Take the one under
     which the model that is to be scored answers."""
-    shuffle: bool = True
-    """Draw pairs in a new order each epoch."""
-    max_bad_rows: NonNegativeInt = 0
-    """Rows that may be malformed: each is reported with its file and line (parquet: its row), left out and counted; one
-    more ends the run. 0: the first is an error."""
-
-    @model_validator(mode="after")
-    def _template(self) -> PairsConfig:
-        check_template(self.template)
-        check_one_origin(self)
-        return self
-
-    @property
-    def columns(self) -> dict[str, str]:
-        """Setting -> the column that it names and a file must have."""
-        return {"prompt_key": self.prompt_key, "chosen_key": self.chosen_key, "rejected_key": self.rejected_key}
-
-
-class LabelsConfig(Table):
-    """One source of labelled answers: rows of a prompt, an answer and whether it is good (safe) or not."""
-
-    table: ClassVar[str] = "labels"
-
-    source: Literal["jsonl", "parquet"] = "jsonl"
-    """jsonl: a file; parquet: a file or a folder of them."""
-    path: Path | None = None
-    """The file or folder."""
-    stage: str | None = None
-    """Instead of `path`: the stage of this recipe whose data.jsonl to read (kind "preferences", form "labels")."""
-    size: PositiveInt | None = None
-    """Use at most this many rows, the first ones."""
-    prompt_key: str = "prompt"
-    """Column of the prompt."""
-    response_key: str = "response"
-    """Column of the answer."""
-    label_key: str = "label"
-    """Column of the label: 1 or true for a good answer, 0 or false for a bad one."""
-    template: str = "plain"
-    """"r1-zero", "deepseek", "plain", or a text that contains `{prompt}`: what the answers follow."""
     shuffle: bool = True
     """Draw rows in a new order each epoch."""
     max_bad_rows: NonNegativeInt = 0
@@ -176,10 +140,37 @@ class LabelsConfig(Table):
     more ends the run. 0: the first is an error."""
 
     @model_validator(mode="after")
-    def _template(self) -> LabelsConfig:
+    def _template(self) -> RewardRowsConfig:
         check_template(self.template)
         check_one_origin(self)
         return self
+
+
+class PairsConfig(RewardRowsConfig):
+    """One source of preference pairs: rows of a prompt and two answers, all texts, of which one is preferred."""
+
+    table: ClassVar[str] = "pairs"
+
+    chosen_key: str = "chosen"
+    """Column of the preferred answer."""
+    rejected_key: str = "rejected"
+    """Column of the other answer."""
+
+    @property
+    def columns(self) -> dict[str, str]:
+        """Setting -> the column that it names and a file must have."""
+        return {"prompt_key": self.prompt_key, "chosen_key": self.chosen_key, "rejected_key": self.rejected_key}
+
+
+class LabelsConfig(RewardRowsConfig):
+    """One source of labelled answers: rows of a prompt, an answer and whether it is good (safe) or not."""
+
+    table: ClassVar[str] = "labels"
+
+    response_key: str = "response"
+    """Column of the answer."""
+    label_key: str = "label"
+    """Column of the label: 1 or true for a good answer, 0 or false for a bad one."""
 
     @property
     def columns(self) -> dict[str, str]:

@@ -7,7 +7,7 @@ from typing import Literal
 from pydantic import Field, PositiveFloat, PositiveInt, model_validator
 
 from megatron_r1.config.base import Table
-from megatron_r1.config.data import Tags, check_template
+from megatron_r1.config.data import Tags, check_template, within_last
 from megatron_r1.config.languages import DEFAULT_LANGUAGE, HAN_PER_WORD, check_language
 
 KEYS_OF_KIND = {
@@ -76,7 +76,7 @@ class RewardConfig(Table):
 
     def active(self, step: int, steps: int) -> bool:
         """Whether it counts in a phase that begins after `step` of `steps` optimizer steps."""
-        return self.last_steps is None or step >= steps - self.last_steps
+        return within_last(self.last_steps, step, steps)
 
     @model_validator(mode="after")
     def _keys(self) -> RewardConfig:

@@ -24,7 +24,6 @@ from megatron_r1.data.conversations import Conversations
 from megatron_r1.data.decontaminate import Contamination
 from megatron_r1.data.files import parse_line
 from megatron_r1.data.generators import keyed_random
-from megatron_r1.data.prompt_mix import apportion
 from megatron_r1.data.tokenizers import Tokenizer
 from megatron_r1.types import Conversation
 
@@ -226,3 +225,19 @@ def _domain(row: Mapping[str, Any], default: str) -> str:
             f"column {DOMAIN_KEY!r} holds {value!r}; a domain is a name of small letters, digits, _ and -, or nothing"
         )
     return value
+
+
+def apportion(number: int, weights: Sequence[float]) -> list[int]:
+    """`number` cut in whole parts in proportion to the weights, by largest remainders; their sum is `number`.
+
+    Of equal remainders the first is served. A part of weight 0 is 0. Raises ValueError unless some weight is above 0.
+    """
+    total = sum(weights)
+    if not total > 0:
+        raise ValueError(f"weights {list(weights)}: none is above 0")
+    exact = [number * weight / total for weight in weights]
+    counts = [int(value) for value in exact]
+    by_remainder = sorted(range(len(weights)), key=lambda i: (counts[i] - exact[i], i))
+    for index in [i for i in by_remainder if weights[i] > 0][: number - sum(counts)]:
+        counts[index] += 1
+    return counts

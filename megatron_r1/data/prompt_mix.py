@@ -46,19 +46,13 @@ class PromptMix:
         ]
         self._owed = [0.0 for _ in sources]  # of each source: its share so far less what it gave, within (-1, 1)
 
-    @property
-    def excluded(self) -> int:
-        """Questions left out since the start because they are held out."""
-        return sum(cursor.excluded for cursor in self._cursors)
-
     def take(self, number: int, step: int = 0, steps: int = 0) -> list[Prompt]:
         """The questions of a phase that begins after `step` of `steps` optimizer steps, source after source.
 
         Raises:
             UserError: a source has none that may be handed out.
         """
-        active = [source.last_steps is None or step >= steps - source.last_steps for source in self.sources]
-        weights = [source.weight if on else 0.0 for source, on in zip(self.sources, active, strict=True)]
+        weights = [source.weight if source.active(step, steps) else 0.0 for source in self.sources]
         counts, self._owed = fair_counts(number, weights, self._owed)
         taken = [cursor.take(count) for cursor, count in zip(self._cursors, counts, strict=True)]
         return [replace(prompt, source=i) for i, prompts in enumerate(taken) for prompt in prompts]
@@ -100,19 +94,3 @@ def fair_counts(number: int, weights: Sequence[float], owed: Sequence[float]) ->
         # (1 - owed + given) / rate: questions after which the source would be behind by a whole one.
         counts[min(open_now or active, key=lambda i: ((1 - owed[i] + counts[i]) / rates[i], i))] += 1
     return counts, [left + number * rate - count for left, rate, count in zip(owed, rates, counts, strict=True)]
-
-
-def apportion(number: int, weights: Sequence[float]) -> list[int]:
-    """`number` cut in whole parts in proportion to the weights, by largest remainders; their sum is `number`.
-
-    Of equal remainders the first is served. A part of weight 0 is 0. Raises ValueError unless some weight is above 0.
-    """
-    total = sum(weights)
-    if not total > 0:
-        raise ValueError(f"weights {list(weights)}: none is above 0")
-    exact = [number * weight / total for weight in weights]
-    counts = [int(value) for value in exact]
-    by_remainder = sorted(range(len(weights)), key=lambda i: (counts[i] - exact[i], i))
-    for index in [i for i in by_remainder if weights[i] > 0][: number - sum(counts)]:
-        counts[index] += 1
-    return counts

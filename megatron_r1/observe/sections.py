@@ -143,7 +143,7 @@ def stage_table(view: RunView) -> str:
 
 
 def _result(state: StageState) -> str:
-    """What a stage says of itself; of an evaluation on several benchmarks only pass@1, as the whole has a table above."""
+    """What a stage says of itself; of an evaluation on several benchmarks only pass@1: the whole has a table above."""
     result = state.result
     if state.kind == "eval" and len(by_benchmark(result)) > 1:
         result = {name: value for name, value in result.items() if name.endswith("/pass_at_1")}

@@ -109,11 +109,10 @@ def _run_stages(config: RunConfig, run: RunDir, choice: Choice, world: Any) -> N
     ahead = ahead_of(world.broadcast_from_0(decide(config, run, choice) if world.rank == 0 else None))
     tokenizer = preflight(config, world.size, ahead)
     heldout = heldout_ids(prompt for asked in config.all_problem_sets() for prompt in heldout_prompts(asked, tokenizer))
-    states = _states(config, run)
     order = selected(config, choice)
     _check_on_device([config.stage[i] for i in order if config.stage[i].name in ahead], config, tokenizer, world)
     if world.rank == 0:
-        run.write_stages(states)
+        run.write_stages(_states(config, run))
     forget_stop_file(run.path, world)
     context = RunContext(
         config=config,

@@ -10,8 +10,6 @@ import threading
 from collections.abc import Callable
 from typing import Any
 
-import torch.distributed as dist
-
 from megatron_r1.config.errors import RunFailed, UserError
 from megatron_r1.train.context import RunContext
 from megatron_r1.train.stopping import Stopped
@@ -32,13 +30,12 @@ def on_rank_0(work: Callable[[], Any], context: RunContext, name: str, kept: str
     if worker is not None:
         worker.start()
     while True:
-        box = [None if worker is None else worker.look()]
-        dist.broadcast_object_list(box, src=0)
-        if box[0] is not None:
+        outcome = context.world.broadcast_from_0(None if worker is None else worker.look())
+        if outcome is not None:
             break
         if context.stop.agreed():
             raise Stopped(f"stopped in stage {name}; {kept}")
-    result, error = box[0]
+    result, error = outcome
     if error is not None:
         raise error
     return result

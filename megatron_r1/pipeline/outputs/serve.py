@@ -159,14 +159,11 @@ def _serve(config: RunConfig, stage: RewardModelStage, checkpoint: Path, address
 
 def _work(desk: Desk, values: Callable[[Sequence[Sample]], list[float]], world: Any) -> None:
     """Score what rank 0 finds on its desk, until it says stop. Collective."""
-    import torch.distributed as dist
-
     while True:
-        box = [desk.take(HEARTBEAT) if world.rank == 0 else None]
-        dist.broadcast_object_list(box, src=0)
-        if box[0] is None:
+        asked = world.broadcast_from_0(desk.take(HEARTBEAT) if world.rank == 0 else None)
+        if asked is None:
             return
-        found = values(box[0]) if box[0] else []
+        found = values(asked) if asked else []
         if world.rank == 0 and found:
             desk.answer(found)
 
